@@ -1,0 +1,1 @@
+"""Chat models; each file is one provider."""

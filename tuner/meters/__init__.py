@@ -1,0 +1,1 @@
+"""Sources of energy readings; each file is one meter."""

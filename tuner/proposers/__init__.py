@@ -1,0 +1,1 @@
+"""Ways of choosing the next configuration; each file is one way."""

@@ -1,0 +1,386 @@
+"""The records of a study, and the protocols of the parts that make them.
+
+A study is an append-only list of trials and of a person's decisions; a proposer is a function of
+that list; nothing else has memory. All records are frozen. A failed trial is a row with a reason:
+it has no energy, never an energy of 0, NaN or infinity.
+
+Units: seconds are differences of a monotonic clock; joules everywhere but inside a meter, whose
+counters are integers of microjoules.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, runtime_checkable
+
+from tuner.space import Config, Lever, SearchSpace, Value
+
+Unit = Literal["token", "image"]
+
+Quality = Literal["measured", "replayed", "simulated", "estimated"]
+"""Where a reading comes from, best first. The worst domain labels a total."""
+
+QUALITIES: tuple[Quality, ...] = ("measured", "replayed", "simulated", "estimated")
+
+
+# --- what is run -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is tuned, and under which load. The same for every trial of a study."""
+
+    model: str | None = None
+    """A model file, folder or name; None lets the runner make a model of its own."""
+    size: str | None = None
+    """The size of the runner's own model, where it makes one."""
+    prompts: int = 8
+    """Requests in one pass."""
+    prompt_tokens: int = 96
+    """Tokens of each prompt."""
+    output_tokens: int = 32
+    """Tokens generated for each prompt; the end of sequence is ignored."""
+    seed: int = 0
+    """Seed of the prompts and of a generated model."""
+    allow_lossy: bool = False
+    """Whether parameters that can change the output's quality may be tuned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one pass of the load did, counted by the engine."""
+
+    units: int
+    """Output tokens (or images)."""
+    unit: Unit = "token"
+    prompt_tokens: int = 0
+    prefill_seconds: float | None = None
+    """Time in prompt processing, summed over the requests. They overlap: it may exceed wall time."""
+    decode_seconds: float | None = None
+    """Time in token generation, summed over the requests."""
+    request_seconds: tuple[float, ...] = ()
+    """Wall time of each request."""
+
+
+class Engine(Protocol):
+    """A loaded, warmed-up engine. `launch` yields it."""
+
+    @property
+    def effective(self) -> Mapping[str, Value]:
+        """The parameters as the engine says it runs them, read back after loading."""
+
+    def run_pass(self) -> Work:
+        """Send the whole load once and wait for the last answer."""
+
+
+class Runner(Protocol):
+    """A file in `runners/`: four functions at module level."""
+
+    def space(self, target: Target) -> SearchSpace:
+        """What may be tuned on this machine for this target.
+
+        Raises `Refused` when the target cannot be run (no such model, engine not installed).
+        """
+
+    def identity(self, target: Target) -> dict[str, str]:
+        """Engine, its version, the model and its hash: what must agree before results may meet."""
+
+    def launch(self, config: Config, target: Target) -> AbstractContextManager[Engine]:
+        """Load and warm up before the yield, shut down after it: both outside the measured window."""
+
+    def command(self, config: Config, target: Target) -> str:
+        """The shell command that starts this engine with `config`."""
+
+
+# --- what is measured ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A domain's energy counter: microjoules since some fixed moment, never decreasing.
+
+    `low` and `high` bound it where it is an estimate, and equal it where it is a counter.
+    """
+
+    microjoules: int
+    low: int
+    high: int
+
+    @classmethod
+    def exact(cls, microjoules: int) -> Reading:
+        return cls(microjoules, microjoules, microjoules)
+
+
+@dataclass(frozen=True)
+class Energy:
+    """The energy of one domain over one window, in joules."""
+
+    joules: float
+    low: float
+    high: float
+
+
+class MeterError(Exception):
+    """A counter could not be read, or what it read cannot be true. The window is invalid."""
+
+
+@runtime_checkable
+class Meter(Protocol):
+    """A source of energy readings."""
+
+    name: str
+    quality: Quality
+    blind_to: frozenset[Lever]
+    """Levers whose effect on energy this meter cannot see."""
+
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains: `gpu0`, `cpu0`, `dram0`."""
+
+    def read(self) -> dict[str, Reading]:
+        """All domains at this moment. Raises `MeterError`; never leaves a domain out, never makes one up."""
+
+    def close(self) -> None:
+        """Release handles and threads; may be called twice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One window over one pass (or several) of the load."""
+
+    work: Work
+    seconds: float
+    """Wall time of the window."""
+    energy: Mapping[str, Energy]
+    """By domain. Empty when the window is invalid."""
+    quality: Quality
+    """The worst quality among the domains."""
+    meter: str
+    cpu_seconds: float | None = None
+    """CPU time of the worker and its children inside the window."""
+    peak_memory_bytes: int | None = None
+    """Largest resident set of the worker so far."""
+    invalid: tuple[str, ...] = ()
+    """The causes that make this window invalid; empty when it counts."""
+
+    @property
+    def valid(self) -> bool:
+        return not self.invalid
+
+    @property
+    def joules(self) -> float:
+        return sum(e.joules for e in self.energy.values())
+
+    @property
+    def joules_per_unit(self) -> float | None:
+        """Total joules per output unit, or None for a window that does not count."""
+        return self.joules / self.work.units if self.valid and self.energy and self.work.units else None
+
+
+# --- what is proposed ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation with a chat model."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """A chat's answer. Token counts are None where the provider (or the person) gave none."""
+
+    text: str
+    model: str
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    seconds: float = 0.0
+
+
+class ChatError(Exception):
+    """The chat stays away: retries are used up or the provider refuses. The message is one sentence."""
+
+
+class Chat(Protocol):
+    """A chat model, or a person who carries prompts to one."""
+
+    name: str
+    """`openai:MODEL`, `anthropic:MODEL` or `paste`."""
+
+    def reply(self, messages: Sequence[Message], schema: Mapping[str, object] | None) -> Reply:
+        """Answer the last message. `schema` is a JSON schema for the answer, used where the provider can.
+
+        Raises `ChatError`. A key never appears in an error.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """One prompt and its answer, as they were sent and received."""
+
+    prompt: str
+    reply: Reply
+    fault: str | None = None
+    """Why the answer was not used; None when it became the proposal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """A configuration to try next, and where it came from."""
+
+    config: Config
+    source: str
+    """Who proposed it: `default`, `llm`, `rules`, `sobol`, `random`, `tpe`, `gp`, `cmaes`, `human`."""
+    reason: str = ""
+    predicted_joules_per_unit: float | None = None
+    in_place_of: str | None = None
+    """The source whose proposal this one replaces: a fallback or a person's edit is never silent."""
+    exchanges: tuple[Exchange, ...] = ()
+    """The prompts that led to it, also the refused ones; empty where no chat took part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One configuration, run once in a process of its own."""
+
+    number: int
+    config: Config
+    proposal: Proposal
+    measurements: tuple[Measurement, ...] = ()
+    error: str | None = None
+    """Why it failed, in one sentence; None when it was measured."""
+    log: tuple[str, ...] = ()
+    """The last lines of the engine's log, of a trial that failed."""
+    effective: Mapping[str, Value] = field(default_factory=dict)
+    """What the engine really ran with, read back after loading."""
+    seconds: float = 0.0
+    """Wall time of the whole trial, loading and warm-up included."""
+    load_seconds: float | None = None
+    started_unix: float = 0.0
+    """When it started, for people; never subtracted."""
+    segment: int = 0
+    """Raised by a forced resume on another machine or engine; segments are not compared."""
+
+    @property
+    def valid(self) -> tuple[Measurement, ...]:
+        return tuple(m for m in self.measurements if m.joules_per_unit is not None)
+
+    @property
+    def joules_per_unit(self) -> float | None:
+        """Sum of joules over sum of units of the valid windows; None when the trial failed."""
+        if self.error is not None or not self.valid:
+            return None
+        return sum(m.joules for m in self.valid) / sum(m.work.units for m in self.valid)
+
+    @property
+    def joules_per_unit_bounds(self) -> tuple[float, float] | None:
+        """The bounds that an estimate's own range gives; both ends equal for a counter."""
+        if self.joules_per_unit is None:
+            return None
+        units = sum(m.work.units for m in self.valid)
+        energies = [e for m in self.valid for e in m.energy.values()]
+        return sum(e.low for e in energies) / units, sum(e.high for e in energies) / units
+
+    @property
+    def relative_sd(self) -> float | None:
+        """Standard deviation between the windows of this trial over their mean; None below 2 windows."""
+        values = [v for m in self.valid if (v := m.joules_per_unit) is not None]
+        if len(values) < 2:
+            return None
+        mean = statistics.fmean(values)
+        return statistics.stdev(values) / mean if mean else None
+
+    @property
+    def units_per_second(self) -> float | None:
+        if self.joules_per_unit is None:
+            return None
+        return sum(m.work.units for m in self.valid) / sum(m.seconds for m in self.valid)
+
+    @property
+    def quality(self) -> Quality | None:
+        return max((m.quality for m in self.valid), key=QUALITIES.index, default=None)
+
+
+# --- what has happened -----------------------------------------------------------------------
+
+Action = Literal["accept", "edit", "reject", "remark", "forbid", "batch", "stop", "resume"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What a person said between two trials."""
+
+    action: Action
+    before_trial: int
+    """The number of the trial that comes next."""
+    remark: str = ""
+    parameter: str | None = None
+    value: Value | None = None
+    proposal: Proposal | None = None
+    """The proposal that was decided on, where there was one."""
+
+
+@dataclass(frozen=True)
+class History:
+    """Everything that a proposer may know: trials and decisions in the order they happened."""
+
+    trials: tuple[Trial, ...] = ()
+    decisions: tuple[Decision, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.trials)
+
+    def add(self, event: Trial | Decision) -> History:
+        if isinstance(event, Trial):
+            return replace(self, trials=(*self.trials, event))
+        return replace(self, decisions=(*self.decisions, event))
+
+    @property
+    def current(self) -> tuple[Trial, ...]:
+        """The trials of the newest segment: the only ones that may be compared with each other."""
+        if not self.trials:
+            return ()
+        newest = self.trials[-1].segment
+        return tuple(t for t in self.trials if t.segment == newest)
+
+    @property
+    def measured(self) -> tuple[Trial, ...]:
+        return tuple(t for t in self.current if t.joules_per_unit is not None)
+
+    @property
+    def failed(self) -> tuple[Trial, ...]:
+        return tuple(t for t in self.current if t.joules_per_unit is None)
+
+    @property
+    def default(self) -> Trial | None:
+        """The default configuration's trial, when it was measured."""
+        return next((t for t in self.measured if t.proposal.source == "default"), None)
+
+    @property
+    def best(self) -> Trial | None:
+        """Least joules per unit; the earlier one of two equals."""
+        return min(self.measured, key=lambda t: (t.joules_per_unit or 0.0, t.number), default=None)
+
+    def find(self, config: Mapping[str, Value]) -> Trial | None:
+        """The newest comparable trial of this very configuration."""
+        return next((t for t in reversed(self.current) if t.config == config), None)
+
+
+class Proposer(Protocol):
+    """A way of choosing the next configuration."""
+
+    name: str
+
+    def propose(self, space: SearchSpace, history: History) -> Proposal | None:
+        """The next configuration, checked against `space`; None when nothing is left to try.
+
+        A function of its arguments and of the seed it was built with: asking twice gives the same answer.
+        """
+
+
+Goal = Callable[[History], str | None]
+"""The reason to stop as a sentence, or None to go on."""
