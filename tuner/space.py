@@ -107,10 +107,10 @@ class Parameter(ABC):
 
     @abstractmethod
     def narrow(self, text: str) -> Parameter:
-        """This parameter with the legal values cut down to `text` (`1..8` or `f16,q8_0`)."""
+        """The same parameter with its legal values cut down to `text` (`1..8` or `f16,q8_0`)."""
 
     def pin(self, value: Value) -> Choice:
-        """This parameter with `value` as its only legal value."""
+        """The same parameter with `value` as its only legal value."""
         return Choice(
             name=self.name,
             meaning=self.meaning,
@@ -154,7 +154,8 @@ class _Range(Parameter):
         if not dots:
             raise Refused(f"--range {self.name}={excerpt(text)}: expected LOW..HIGH within {self.range}")
         low, high = self.parse(low_text), self.parse(high_text)
-        assert not isinstance(low, str) and not isinstance(high, str)
+        assert not isinstance(low, str)
+        assert not isinstance(high, str)
         if low > high:
             raise Refused(f"--range {self.name}={text}: the low end is above the high end")
         return replace(self, low=low, high=high, default=min(max(self.default, low), high))
