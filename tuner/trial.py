@@ -208,8 +208,9 @@ class ChatError(Exception):
 class Chat(Protocol):
     """A chat model, or a person who carries prompts to one."""
 
-    name: str
-    """`openai:MODEL`, `anthropic:MODEL` or `paste`."""
+    @property
+    def name(self) -> str:
+        """`openai:MODEL`, `anthropic:MODEL` or `paste`."""
 
     def reply(self, messages: Sequence[Message], schema: Mapping[str, object] | None) -> Reply:
         """Answer the last message. `schema` is a JSON schema for the answer, used where the provider can.
@@ -373,7 +374,9 @@ class History:
 class Proposer(Protocol):
     """A way of choosing the next configuration."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What tables call it: a trial's `source`."""
 
     def propose(self, space: SearchSpace, history: History) -> Proposal | None:
         """The next configuration, checked against `space`; None when nothing is left to try.

@@ -1,0 +1,88 @@
+"""A runner that misbehaves on demand, so that real processes can be watched dying."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tuner.space import Choice, Constraint, Int, Refused, SearchSpace
+from tuner.trial import Work
+
+MODES = ("ok", "raise", "segv", "kill", "abort", "hang", "hang-loading", "exit", "refuse", "child", "memory", "log")
+
+
+def space(target):
+    if target.size == "refused":
+        raise Refused("size 'refused': expected a size that works")
+    return SearchSpace(
+        (
+            Int(name="cost", meaning="Milliseconds of CPU that one pass burns.", default=20, low=1, high=64, log=True),
+            Int(name="batch", meaning="Requests handled together.", default=2, low=1, high=8),
+            Choice(name="mode", meaning="How the engine behaves.", default="ok", values=MODES, effect="numerics"),
+        ),
+        (Constraint("batch <= cost", lambda c: c["batch"] <= c["cost"]),),
+    )
+
+
+def identity(target):
+    return {
+        "engine": "fake",
+        "engine_version": os.environ.get("FAKE_ENGINE_VERSION", "1"),
+        "model": target.model or "none",
+    }
+
+
+def command(config, target):
+    return f"fake --cost {config['cost']} --batch {config['batch']}"
+
+
+class Engine:
+    def __init__(self, config, target):
+        self.config, self.target = config, target
+        self.effective = {"cost": config["cost"], "batch": config["batch"]}
+
+    def run_pass(self):
+        misbehave(self.config["mode"])
+        until = time.process_time() + self.config["cost"] / 1000 / self.config["batch"]
+        while time.process_time() < until:
+            pass
+        return Work(units=self.target.prompts * self.target.output_tokens, prompt_tokens=self.target.prompts)
+
+
+def misbehave(mode):
+    match mode:
+        case "raise":
+            raise RuntimeError("the engine is on fire")
+        case "segv":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "abort":
+            os.abort()
+        case "hang":
+            time.sleep(3600)
+        case "exit":
+            os._exit(7)
+        case "memory":
+            raise MemoryError
+        case "log":
+            sys.stderr.write("loading tensors\nfailed to allocate buffer of size 42 \x1b[31mred\x1b[0m\n")
+            raise RuntimeError("could not load")
+
+
+@contextlib.contextmanager
+def launch(config, target):
+    if config["mode"] == "refuse":
+        raise Refused("mode=refuse: expected a mode that loads")
+    if config["mode"] == "hang-loading":
+        time.sleep(3600)
+    if config["mode"] == "child":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+        Path(target.model).write_text(str(child.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+    if slow := os.environ.get("FAKE_ENGINE_LOAD_SECONDS"):
+        time.sleep(float(slow))
+    yield Engine(config, target)

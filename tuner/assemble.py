@@ -1,0 +1,271 @@
+"""Putting a run together from its header: the bench (what is tuned and how it is measured) and the proposer.
+
+A new study and a resumed one take the same road, so that a resumed study cannot differ from the one that
+was interrupted. Nothing here writes anything: all that can be refused is refused before a folder exists.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tuner import machine
+from tuner.files import find, load_runner
+from tuner.journal import Header, Segment, Study
+from tuner.meters import MeterChoice, MeterOptions, choose
+from tuner.proposers import CLASSICAL, open_classical
+from tuner.proposers.first import DefaultFirst
+from tuner.proposers.llm import Keep, Llm, View, forget, read_template, render
+from tuner.proposers.review import forbidden
+from tuner.space import Refused, SearchSpace, excerpt
+from tuner.study import Threshold
+from tuner.trial import Chat, ChatError, History, Message, Proposer, Reply, Runner
+
+DEFAULT_TEMPLATE = "enhanced"
+
+PRIVATE = ("host",)
+"""Keys of the machine's description that no chat provider is told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """An engine with its space and meters, on this machine."""
+
+    runner_path: Path
+    runner: Runner
+    space: SearchSpace
+    meters: MeterChoice
+    machine: Mapping[str, str]
+    identity: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    """What was decided on the way and a person should read."""
+
+
+def prepare(header: Header, *, meter: str, options: MeterOptions, require_measured: bool) -> tuple[Header, Bench]:
+    """The bench of a new study, and the header with all that was found out.
+
+    Raises:
+        Refused: the workload, the model, a pin, a range or the meter cannot be had.
+    """
+    meters = choose(meter, options, require_measured=require_measured)
+    bench = _bench(header, meters)
+    return (
+        replace(
+            header,
+            meters=meters.names,
+            meter_options=options.record(),
+            meter_sentence=meters.sentence,
+            blind=tuple(p.name for p in bench.space.parameters if p.lever in meters.blind_to),
+            space=tuple(bench.space.record()),
+            machine=bench.machine,
+            identity=bench.identity,
+        ),
+        bench,
+    )
+
+
+def reopen(study: Study, *, force: bool) -> tuple[Bench, Segment | None]:
+    """The bench of a study that goes on, and the new segment when it goes on elsewhere.
+
+    Raises:
+        Refused: machine, engine, model, meter or space differ from the study's and `force` is not given.
+    """
+    header = study.header
+    options = MeterOptions.from_record(header.meter_options)
+    spec = "+".join(study.segments[-1].meters if study.segments else header.meters)
+    try:
+        meters = choose(spec, options, require_measured=False)
+    except Refused:
+        if not force:
+            raise
+        meters = choose("auto", options, require_measured=False)
+    bench = _bench(header, meters)
+    differences = [
+        *machine.differences(study.machine, bench.machine, machine.MUST_MATCH),
+        *machine.differences(study.identity, bench.identity, sorted({*study.identity, *bench.identity})),
+    ]
+    if list(study.space) != bench.space.record():
+        differences.append("search space: the runner offers other parameters or ranges than it did")
+    if meters.names != tuple(spec.split("+")):
+        differences.append(f"meter: recorded {spec!r}, here {'+'.join(meters.names)!r}")
+    if not differences:
+        return bench, None
+    if not force:
+        raise Refused(
+            f"{study.folder}: results from here would not compare with the recorded ones: {'; '.join(differences)}."
+            " Resume where it was recorded, or add --force to go on as a segment of its own"
+        )
+    return bench, Segment(
+        number=study.segment + 1,
+        differences=tuple(differences),
+        machine=bench.machine,
+        identity=bench.identity,
+        meters=meters.names,
+        meter_sentence=meters.sentence,
+        space=tuple(bench.space.record()),
+    )
+
+
+def _bench(header: Header, meters: MeterChoice) -> Bench:
+    path = find("runners", header.workload)
+    runner = load_runner(path)
+    notes = [f"runner from this folder: {path}"] if path.is_relative_to(Path.cwd()) else []
+    space = runner.space(header.target)
+    for option, assignments, change in (
+        ("--pin", header.pins, SearchSpace.pin),
+        ("--range", header.ranges, SearchSpace.narrow),
+    ):
+        for assignment in assignments:
+            name, equals, text = assignment.partition("=")
+            if not equals:
+                raise Refused(f"{option} {excerpt(assignment)}: expected NAME=VALUE")
+            before = space[name].default
+            space = change(space, name, text)
+            if option == "--range" and space[name].default != before:
+                notes.append(f"{name} starts at {space[name].default}: its default {before} is outside {text}")
+    space, blind = _without_blind(space, meters, asked={a.partition("=")[0] for a in header.ranges})
+    if blind:
+        notes.append(f"kept at their defaults, because this meter cannot see what they do: {', '.join(blind)}")
+    if faults := space.broken(space.default()):
+        raise Refused(f"the configuration to start from is not legal: {'; '.join(faults)}")
+    if not space.free:
+        raise Refused("nothing is left to tune: every parameter is pinned or has a single value")
+    return Bench(
+        runner_path=path,
+        runner=runner,
+        space=space,
+        meters=meters,
+        machine=machine.describe(),
+        identity=runner.identity(header.target),
+        notes=tuple(notes),
+    )
+
+
+def _without_blind(space: SearchSpace, meters: MeterChoice, asked: set[str]) -> tuple[SearchSpace, list[str]]:
+    """The space without what the meter is blind to; a parameter that was asked for by name is refused."""
+    blind = [p.name for p in space.free if p.lever in meters.blind_to]
+    if wanted := [name for name in blind if name in asked]:
+        raise Refused(
+            f"--range {wanted[0]}: the {'+'.join(meters.names)} meter cannot see what {wanted[0]} does to energy;"
+            " choose a meter with a counter (`tune doctor` says which), or leave it out"
+        )
+    for name in blind:
+        space = space.freeze(name)
+    return space, blind
+
+
+# --- who proposes ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who proposes, and what a person should be told about it."""
+
+    proposer: str
+    llm: str | None = None
+    template: str | None = None
+    warning: str | None = None
+
+
+def choose_proposer(
+    *, proposer: str | None, llm: str | None, template: str | None, offer: Callable[[], str] | None
+) -> Choice:
+    """Who proposes, given what was asked for and what is there.
+
+    Args:
+        proposer: a classical proposer's name, or None or `llm` for a chat model.
+        llm: a chat's specification, or None to take the provider whose key is in the environment.
+        template: the prompt's name or path.
+        offer: asks the person for `paste` or `rules`; None where nobody can be asked.
+    """
+    from tuner.chats import from_environment
+
+    if proposer not in (None, "llm"):
+        if llm or template:
+            given = f"--llm {llm}" if llm else f"--template {template}"
+            raise Refused(f"--proposer {proposer} uses no LLM, and {given} asks for one; leave one of them out")
+        if proposer not in CLASSICAL:
+            raise Refused(f"unknown proposer {excerpt(proposer)} (there is llm, {', '.join(CLASSICAL)})")
+        return Choice(proposer=str(proposer))
+    name = template or DEFAULT_TEMPLATE
+    find("prompts", name)
+    chosen = llm or from_environment()
+    if chosen is None and offer is not None and (chosen := offer()) == "rules":
+        return Choice(proposer="rules")
+    if chosen is None:
+        return Choice(
+            proposer="rules",
+            warning="NO LLM IS IN USE: no --llm and no key in the environment."
+            " Proposals come from `rules`, the offline adviser, which is not an LLM."
+            " Set OPENAI_API_KEY or ANTHROPIC_API_KEY, or pass --llm, to use one.",
+        )
+    return Choice(proposer="llm", llm=chosen, template=name)
+
+
+def open_proposer(header: Header, bench: Bench, chat: Chat | None, keep: Keep) -> Proposer:
+    """The proposer that the header names, with the default configuration first."""
+    if header.proposer != "llm":
+        return DefaultFirst(open_classical(header.proposer, header.seed))
+    assert chat is not None
+    return DefaultFirst(llm_proposer(header, bench, chat, keep))
+
+
+def llm_proposer(header: Header, bench: Bench, chat: Chat, keep: Keep) -> Llm:
+    """The LLM with its template, tried once on an empty history: a broken template is refused at the start."""
+    template = find("prompts", header.template or DEFAULT_TEMPLATE)
+    view = view_of(header, bench)
+    render(read_template(template), template, view.of(bench.space, History()))
+    return Llm(chat=chat, template=template, fallback=open_classical("rules", header.seed), view=view, keep=keep)
+
+
+def view_of(header: Header, bench: Bench) -> View:
+    """What a template may see of this study."""
+    load = header.target
+    return View(
+        machine={k: v for k, v in bench.machine.items() if k not in PRIVATE},
+        workload={
+            "engine": " ".join(filter(None, (bench.identity.get("engine"), bench.identity.get("engine_version")))),
+            "model": bench.identity.get("model", ""),
+            "load": f"{load.prompts} requests sent at once, {load.prompt_tokens} prompt tokens and"
+            f" {load.output_tokens} output tokens each",
+            "quality": bench.meters.quality,
+        },
+        threshold=Threshold.parse(header.threshold).joules_per_unit if header.threshold else lambda _history: None,
+        trials=header.trials,
+    )
+
+
+class _NoChat:
+    """Stands where a chat would, for a prompt that is printed and not sent."""
+
+    name = "none"
+
+    def reply(self, messages: Sequence[Message], schema: Mapping[str, object] | None) -> Reply:
+        raise ChatError("nothing is sent")
+
+
+def next_messages(study: Study, template: str | None) -> list[Message]:
+    """The exact messages that the next proposal of `study` would send."""
+    header = replace(study.header, template=template or study.header.template or DEFAULT_TEMPLATE)
+    bench, _ = reopen(study, force=True)
+    llm = llm_proposer(header, bench, _NoChat(), forget)
+    history = study.history
+    return llm.messages(forbidden(bench.space, history.decisions), history)
+
+
+def results_folder(results: Path, name: str) -> Path:
+    """The folder of a new study, made and empty.
+
+    Raises:
+        Refused: it exists, or cannot be made.
+    """
+    folder = results / name
+    if folder.exists():
+        raise Refused(f"{folder}: there is a study of that name; go on with `tune run --resume {folder}`")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise Refused(f"{folder}: {os.strerror(error.errno or 0)}; choose another place with --results") from error
+    return folder

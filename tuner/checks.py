@@ -1,0 +1,152 @@
+"""Doubts about a measurement, as sentences: what was seen, why it matters, what to type next.
+
+A doubt never changes a number and never takes a trial out. What is the same for every trial of a
+study (short windows, an estimate) is said at the first trial that shows it and not again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tuner.space import show
+from tuner.summary import joules_text, number_text, percent_text, seconds_text, unit
+from tuner.trial import History, Trial
+
+COUNTER_PERIODS = {"gpu": 0.1, "cpu": 0.001, "dram": 0.001}
+"""Seconds between two updates of an energy counter, by the domain's kind.
+
+gpu: NVML's total-energy counter (ml.energy, "Measuring GPU energy: best practices"). cpu, dram: RAPL
+(Intel SDM volume 3B, 16.10.1: about 1 ms)."""
+
+PERIODS_IN_A_WINDOW = 100
+"""A window begins and ends inside a period: over 100 of them the two ends are off by 1 % at most."""
+
+LEAST_WINDOW_SECONDS = 2.0
+LEAST_WINDOWS = 3
+LARGEST_SPREAD = 0.05
+LEAST_CPUS_BUSY = 0.05
+LONGEST_LOAD = 20
+"""Times the measured seconds."""
+
+
+def doubts(trial: Trial, history: History) -> list[str]:
+    """Why `trial` may be doubted, each a sentence with the next command; empty for a failed trial.
+
+    `history` holds the trials before it, and may hold the trial itself.
+    """
+    if not trial.valid:
+        return []
+    earlier = [t for t in history.trials if t.number < trial.number and t.segment == trial.segment and t.valid]
+    standing = [said for rule in _STANDING if (said := rule(trial)) and not any(rule(t) for t in earlier)]
+    return standing + [said for rule in _OF_ONE_TRIAL if (said := rule(trial))]
+
+
+Rule = Callable[[Trial], str | None]
+
+
+def _short_windows(trial: Trial) -> str | None:
+    if trial.quality in ("replayed", "simulated"):
+        return None
+    shortest = min(m.seconds for m in trial.valid)
+    periods = {
+        domain: period
+        for m in trial.valid
+        if m.quality == "measured"
+        for domain in m.energy
+        if (period := COUNTER_PERIODS.get(domain.rstrip("0123456789-")))
+    }
+    slowest = max(periods, key=lambda d: periods[d], default=None)
+    if slowest is not None and shortest < PERIODS_IN_A_WINDOW * periods[slowest]:
+        return (
+            f"windows of {seconds_text(shortest)} hold {shortest / periods[slowest]:.0f} updates of the {slowest}"
+            f" counter, so each reading may be off by {percent_text(periods[slowest] / shortest)};"
+            f" measure longer: --window {PERIODS_IN_A_WINDOW * periods[slowest]:g}s"
+        )
+    if shortest < LEAST_WINDOW_SECONDS:
+        return (
+            f"windows of {seconds_text(shortest)} are short, one disturbance weighs much in them;"
+            f" measure longer: --window {LEAST_WINDOW_SECONDS:g}s"
+        )
+    return None
+
+
+def _few_windows(trial: Trial) -> str | None:
+    count = len(trial.valid)
+    if count >= LEAST_WINDOWS or trial.quality == "replayed":
+        return None
+    windows = "1 window says" if count == 1 else f"{count} windows say"
+    return f"{windows} little about the spread; measure more of them: --windows 5"
+
+
+def _estimate(trial: Trial) -> str | None:
+    if trial.quality != "estimated" or trial.joules_per_unit_bounds is None:
+        return None
+    low, high = trial.joules_per_unit_bounds
+    return (
+        f"the energy is estimated from CPU time, not measured: anything from {joules_text(low)} to"
+        f" {joules_text(high)} per {unit(trial)} is possible; `tune doctor` says what can be measured here"
+    )
+
+
+def _spread(trial: Trial) -> str | None:
+    if trial.relative_sd is None or trial.relative_sd <= LARGEST_SPREAD:
+        return None
+    return (
+        f"the windows differ by {percent_text(trial.relative_sd)} (standard deviation), so something else may be"
+        f" running; close it, or measure more: --windows {max(2 * len(trial.valid), 5)}"
+    )
+
+
+def _repeated(trial: Trial) -> str | None:
+    invalid = [m for m in trial.measurements if not m.valid]
+    if not invalid:
+        return None
+    causes = "; ".join(dict.fromkeys(cause for m in invalid for cause in m.invalid))
+    return (
+        f"{len(invalid)} of {len(trial.measurements)} windows did not count ({causes});"
+        " if that goes on, `tune doctor` shows the state of each meter"
+    )
+
+
+def _not_as_asked(trial: Trial) -> str | None:
+    changed = [
+        f"{name} is {show(trial.effective[name])}, asked for was {show(asked)}"
+        for name, asked in trial.config.items()
+        if name in trial.effective and trial.effective[name] != asked
+    ]
+    if not changed:
+        return None
+    first = next(n for n, asked in trial.config.items() if n in trial.effective and trial.effective[n] != asked)
+    return (
+        f"the engine runs something else than asked: {'; '.join(changed)};"
+        f" keep it at what runs: --pin {first}={show(trial.effective[first])}"
+    )
+
+
+def _idle(trial: Trial) -> str | None:
+    cpu_seconds = [m.cpu_seconds for m in trial.valid if m.cpu_seconds is not None]
+    seconds = sum(m.seconds for m in trial.valid)
+    on_gpu = any(domain.startswith("gpu") for m in trial.valid for domain in m.energy)
+    if on_gpu or len(cpu_seconds) < len(trial.valid) or seconds <= 0:
+        return None
+    busy = sum(cpu_seconds) / seconds
+    if busy >= LEAST_CPUS_BUSY:
+        return None
+    return (
+        f"the engine kept {number_text(busy)} CPUs busy: the work is done where this meter does not look;"
+        " `tune doctor` shows the meters, --meter chooses one"
+    )
+
+
+def _long_load(trial: Trial) -> str | None:
+    measured = sum(m.seconds for m in trial.valid)
+    if trial.load_seconds is None or trial.load_seconds <= LONGEST_LOAD * measured:
+        return None
+    return (
+        f"loading took {seconds_text(trial.load_seconds)} for {seconds_text(measured)} measured;"
+        f" longer windows cost little: --window {max(trial.load_seconds / 10, LEAST_WINDOW_SECONDS):.0f}s"
+    )
+
+
+_STANDING: tuple[Rule, ...] = (_short_windows, _few_windows, _estimate)
+_OF_ONE_TRIAL: tuple[Rule, ...] = (_spread, _repeated, _not_as_asked, _idle, _long_load)

@@ -1,0 +1,235 @@
+"""Running one trial: start a worker, watch it, end it, say what happened.
+
+The worker and all that it starts form one process group. That group, and nothing else, is ended when
+the trial is over, when it takes too long and when this program stops; nothing is ever looked for by
+name. A worker that crashes, hangs or is killed for lack of memory is a failed trial with a cause and
+the last lines of its log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import msgspec
+
+from tuner.journal import JournalError, Plan
+from tuner.trial import Proposal, Target, Trial
+from tuner.worker import Job, Result
+
+GRACE_SECONDS = 5.0
+"""Between asking a worker's group to end and killing it."""
+
+TICK_SECONDS = 0.25
+"""How often the live view may redraw. The parent runs beside the measurement: it must sleep."""
+
+LOG_LINES = 16
+LOG_LINE_LENGTH = 300
+
+Evaluate = Callable[[int, Proposal], Trial]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launcher:
+    """Evaluates a proposal by running the engine."""
+
+    folder: Path
+    """The study's folder; a trial's log goes into `trials/<number>/`."""
+    runner: Path
+    target: Target
+    meters: tuple[str, ...]
+    meter_options: dict[str, object]
+    plan: Plan
+    segment: int = 0
+    report: Callable[[int, str], None] = field(default=lambda _number, _phase: None)
+    """Told the trial's number and phase when a phase begins, and again at every tick."""
+    log_name: str = "engine.log"
+
+    def __call__(self, number: int, proposal: Proposal) -> Trial:
+        started_unix, started = time.time(), time.monotonic()
+        log = trial_folder(self.folder, number) / self.log_name
+        with tempfile.TemporaryDirectory(prefix="tune-") as scratch:
+            outcome = self._run(number, proposal, log, Path(scratch))
+        failed = outcome.error is not None
+        return Trial(
+            number=number,
+            config=proposal.config,
+            proposal=proposal,
+            measurements=outcome.measurements,
+            error=outcome.error,
+            log=tuple(last_lines(log)) if failed else (),
+            effective=outcome.effective,
+            seconds=time.monotonic() - started,
+            load_seconds=outcome.load_seconds,
+            started_unix=started_unix,
+            segment=self.segment,
+        )
+
+    def _run(self, number: int, proposal: Proposal, log: Path, scratch: Path) -> Result:
+        job = scratch / "job.json"
+        result = scratch / "result.json"
+        phases, phases_end = os.pipe()
+        try:
+            job.write_bytes(
+                msgspec.json.encode(
+                    Job(
+                        runner=str(self.runner),
+                        config=proposal.config,
+                        target=self.target,
+                        meters=self.meters,
+                        meter_options=self.meter_options,
+                        plan=self.plan,
+                        result=str(result),
+                        phases=phases_end,
+                    )
+                )
+            )
+            killed_before = out_of_memory_kills()
+            with log.open("wb") as output:
+                # -P: a folder named `tuner` where the person stands must not become the worker.
+                worker = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "tuner.worker", str(job)],
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=(phases_end,),
+                    start_new_session=True,
+                )
+        except BaseException:
+            os.close(phases)
+            raise
+        finally:
+            os.close(phases_end)
+        try:
+            phase, in_time = self._watch(worker, number, phases)
+        finally:
+            os.close(phases)
+            status = end_group(worker)
+        if not in_time:
+            return Result(
+                error=f"took longer than {self.plan.timeout_seconds:g} s (phase: {phase}) and was ended;"
+                " raise --timeout if that is its normal speed"
+            )
+        if result.is_file():
+            return judged(msgspec.json.decode(result.read_bytes(), type=Result))
+        lack_of_memory = out_of_memory_kills() > killed_before
+        return Result(error=cause_of_death(status, phase, lack_of_memory=lack_of_memory))
+
+    def _watch(self, worker: subprocess.Popen[bytes], number: int, phases: int) -> tuple[str, bool]:
+        """Follow the worker until it exits. Returns its last phase and whether it was in time."""
+        deadline = time.monotonic() + self.plan.timeout_seconds
+        phase = "starting"
+        with selectors.DefaultSelector() as selector:
+            selector.register(phases, selectors.EVENT_READ)
+            while not has_exited(worker):
+                if time.monotonic() > deadline:
+                    return phase, False
+                self.report(number, phase)
+                if not selector.get_map():
+                    time.sleep(TICK_SECONDS)
+                    continue
+                for _ in selector.select(TICK_SECONDS):
+                    told = os.read(phases, 4096).decode(errors="replace").splitlines()
+                    if told:
+                        phase = told[-1]
+                    else:
+                        # End of file: the worker is on its way out, wait for its exit without spinning.
+                        selector.unregister(phases)
+        return phase, True
+
+
+def trial_folder(folder: Path, number: int) -> Path:
+    """`trials/0007` of a study, made when it is not there."""
+    path = folder / "trials" / f"{number:04d}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JournalError(
+            f"{path}: {error.strerror}; finished trials are kept. Mend that, then go on with"
+            f" `tune run --resume {folder}`"
+        ) from error
+    return path
+
+
+def has_exited(worker: subprocess.Popen[bytes]) -> bool:
+    """Whether the worker has exited, leaving it unreaped: until then its group's number cannot be reused."""
+    return os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def end_group(worker: subprocess.Popen[bytes]) -> int:
+    """End what is left of the worker's process group and return the worker's exit status.
+
+    A second Ctrl-C while waiting does not leave the group behind.
+    """
+    try:
+        if not has_exited(worker):
+            _signal_group(worker, signal.SIGTERM)
+            give_up = time.monotonic() + GRACE_SECONDS
+            while not has_exited(worker) and time.monotonic() < give_up:
+                time.sleep(0.02)
+    finally:
+        _signal_group(worker, signal.SIGKILL)
+        if worker.stdin:
+            worker.stdin.close()
+        status = worker.wait()
+    return status
+
+
+def _signal_group(worker: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(worker.pid, number)
+
+
+def judged(result: Result) -> Result:
+    """A result with no valid window is a failure, whose cause is that of its windows."""
+    if result.error is None and not any(m.valid for m in result.measurements):
+        causes = "; ".join(dict.fromkeys(c for m in result.measurements for c in m.invalid))
+        return replace(result, error=f"no valid window in {len(result.measurements)}: {causes}")
+    return result
+
+
+def cause_of_death(status: int, phase: str, *, lack_of_memory: bool) -> str:
+    """Why a worker ended without a result, from its exit status (negative: the signal's number)."""
+    if status >= 0:
+        return f"the engine ended its process with exit status {status} (phase: {phase})"
+    name = signal.Signals(-status).name
+    if lack_of_memory and name == "SIGKILL":
+        return f"out of memory: the kernel killed the engine (SIGKILL, phase: {phase})"
+    meaning = {
+        "SIGSEGV": " (it crashed)",
+        "SIGABRT": " (it gave up: see the log)",
+        "SIGILL": " (built for another CPU)",
+        "SIGBUS": " (it crashed, or the disk is full)",
+    }.get(name, "")
+    return f"the engine was killed by {name}{meaning} (phase: {phase})"
+
+
+def out_of_memory_kills() -> int:
+    """How many processes the kernel has killed for lack of memory since boot; 0 where it does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+def last_lines(log: Path, lines: int = LOG_LINES) -> Iterator[str]:
+    """The end of an engine's log, printable and cut to a sensible width."""
+    try:
+        with log.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 64 * 1024))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return
+    for line in text.splitlines()[-lines:]:
+        yield "".join(c if c.isprintable() else " " for c in line)[:LOG_LINE_LENGTH].rstrip()

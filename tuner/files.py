@@ -1,0 +1,89 @@
+"""Finding what a person named: a prompt, a runner or a study.
+
+A name is looked up in `./<kind>/`, then in the copy that was installed with tune, then in the
+checkout beside the package. Something with a slash or a suffix is a path and nothing else. An error
+says where was looked and what there is.
+
+A runner is code that runs. One in the current folder is taken only when it is named, and the caller
+prints its path before loading it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Literal, cast
+
+from tuner.space import Refused, closest, excerpt
+from tuner.trial import Runner
+
+Kind = Literal["prompts", "runners"]
+
+_SUFFIX: dict[Kind, str] = {"prompts": ".md.j2", "runners": ".py"}
+_PACKAGE = Path(__file__).parent
+
+
+def folders(kind: Kind) -> list[Path]:
+    """Where things of this kind are looked for, in order."""
+    return [Path(kind), _PACKAGE / "_bundled" / kind, _PACKAGE.parent / kind]
+
+
+def names(kind: Kind) -> list[str]:
+    """What can be named without a path."""
+    suffix = _SUFFIX[kind]
+    found = {
+        file.name.removesuffix(suffix)
+        for folder in folders(kind)
+        if folder.is_dir()
+        for file in folder.glob(f"*{suffix}")
+        if not file.name.startswith("_")
+    }
+    return sorted(found)
+
+
+def find(kind: Kind, name: str) -> Path:
+    """The file that `name` means, as an absolute path."""
+    suffix = _SUFFIX[kind]
+    thing = kind.removesuffix("s")
+    if "/" in name or name.endswith((suffix, ".j2", ".py", ".md")):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise Refused(f"no such {thing} file: {excerpt(name)}")
+        return path.resolve()
+    for folder in folders(kind):
+        path = folder / f"{name}{suffix}"
+        if path.is_file():
+            return path.resolve()
+    known = names(kind)
+    raise Refused(
+        f"unknown {thing} {excerpt(name)}{closest(name, known)}"
+        f" (there is {', '.join(known) or 'none'}; a path to a *{suffix} file works too)"
+    )
+
+
+def load_runner(path: Path) -> Runner:
+    """The runner in the file at `path`, executed as a module of its own."""
+    name = f"tuner_runner_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise Refused(f"{path}: expected a Python file with a runner")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their own module up in sys.modules while the class body runs.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise Refused(f"{path}: the runner does not load ({type(error).__name__}: {error})") from error
+    return _as_runner(module, path)
+
+
+def _as_runner(module: ModuleType, path: Path) -> Runner:
+    missing = [f for f in ("space", "identity", "launch", "command") if not callable(getattr(module, f, None))]
+    if missing:
+        raise Refused(
+            f"{path}: a runner has functions space, identity, launch and command; missing: {', '.join(missing)}"
+        )
+    return cast("Runner", module)

@@ -1,0 +1,384 @@
+"""The study on disk: append-only JSON lines, one event a line.
+
+The first line is the header; every later line is something that happened. An event is written,
+flushed and synced before anything else happens, so that whatever kills the program leaves every
+finished trial behind. A torn last line is what a crash leaves: it is forgiven, and cut off before
+the next append. A torn line anywhere else is damage, and its number is named.
+
+The journal is the only memory of a study: resuming reads it and goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import msgspec
+
+from tuner.space import Refused, Value
+from tuner.trial import Decision, History, Proposal, Target, Trial
+
+StopKind = Literal["goal", "budget", "failures", "person", "exhausted", "chat"]
+
+# Version 1: header, proposal, trial, decision, segment, pair, end.
+FORMAT = 1
+
+NAME = "journal.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How one configuration is measured."""
+
+    windows: int = 5
+    """Measured windows in one trial."""
+    window_seconds: float = 2.0
+    """A window holds whole passes of the load and lasts at least this long."""
+    retries: int = 3
+    """How often an invalid window is measured again."""
+    timeout_seconds: float = 600.0
+    """A trial that takes longer is ended, and has failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a study is: everything that must be known to go on with it, and to read it years later."""
+
+    name: str
+    workload: str
+    """The runner, by name or path."""
+    target: Target
+    proposer: str
+    """`llm` or the name of a classical proposer."""
+    template: str | None = None
+    """The prompt, by name or path, where an LLM proposes."""
+    llm: str | None = None
+    """`openai:MODEL`, `anthropic:MODEL` or `paste`; never a key."""
+    base_url: str | None = None
+    seed: int = 0
+    pins: tuple[str, ...] = ()
+    ranges: tuple[str, ...] = ()
+    threshold: str | None = None
+    """As typed: `0.8x` of the default, or `0.45J` per unit."""
+    trials: int | None = None
+    time_seconds: float | None = None
+    confirm_pairs: int = 0
+    plan: Plan = Plan()
+    meters: tuple[str, ...] = ()
+    meter_options: Mapping[str, object] = field(default_factory=dict)
+    meter_sentence: str = ""
+    blind: tuple[str, ...] = ()
+    """Parameters held at their default because the meter cannot see what they do."""
+    space: tuple[Mapping[str, object], ...] = ()
+    machine: Mapping[str, str] = field(default_factory=dict)
+    identity: Mapping[str, str] = field(default_factory=dict)
+    """Engine, version and model, as the runner names them."""
+    tune_version: str = ""
+    started_unix: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A forced resume elsewhere: trials from here on are not compared with those before."""
+
+    number: int
+    differences: tuple[str, ...]
+    machine: Mapping[str, str]
+    identity: Mapping[str, str]
+    meters: tuple[str, ...] = ()
+    meter_sentence: str = ""
+    space: tuple[Mapping[str, object], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Default and best, measured freshly one after the other: the only ground for a claim."""
+
+    number: int
+    default: Trial
+    best: Trial
+    default_first: bool
+    config: Mapping[str, Value]
+    """The configuration that is confirmed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """The reason why a run stopped; a resumed study goes on after it."""
+
+    kind: StopKind
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pending:
+    """A proposal whose trial has not ended: what a crash interrupts."""
+
+    number: int
+    proposal: Proposal
+
+
+Event = Trial | Decision | Pending | Segment | Pair | End
+
+_KINDS: dict[str, type[Event]] = {
+    "proposal": Pending,
+    "trial": Trial,
+    "decision": Decision,
+    "segment": Segment,
+    "pair": Pair,
+    "end": End,
+}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A journal's content, event by event added up."""
+
+    folder: Path
+    header: Header
+    history: History = field(default_factory=History)
+    segments: tuple[Segment, ...] = ()
+    pairs: tuple[Pair, ...] = ()
+    ends: tuple[End, ...] = ()
+    pending: Pending | None = None
+    pending_starts: int = 0
+    """How often the pending proposal's trial was started and never ended."""
+
+    def add(self, event: Event) -> Study:
+        """The study after `event`."""
+        match event:
+            case Trial():
+                return replace(self, history=self.history.add(event), pending=None, pending_starts=0)
+            case Decision():
+                # A stop that was asked for says nothing against the configuration that it cut short.
+                starts = 0 if event.action == "stop" else self.pending_starts
+                return replace(self, history=self.history.add(event), pending_starts=starts)
+            case Pending():
+                return replace(self, pending=event, pending_starts=self.pending_starts + 1)
+            case Segment():
+                return replace(self, segments=(*self.segments, event), pending=None, pending_starts=0)
+            case Pair():
+                return replace(self, pairs=(*self.pairs, event))
+            case End():
+                return replace(self, ends=(*self.ends, event))
+
+    def facts(self) -> dict[str, object]:
+        """The header as plain values, with what later segments changed: what an export says of every row."""
+        plain: dict[str, object] = msgspec.to_builtins(self.header)
+        return {**plain, "segments": msgspec.to_builtins(self.segments)}
+
+    @property
+    def segment(self) -> int:
+        """The number of the newest segment; 0 unless a resume was forced."""
+        return self.segments[-1].number if self.segments else 0
+
+    @property
+    def machine(self) -> Mapping[str, str]:
+        """The machine of the newest segment."""
+        return self.segments[-1].machine if self.segments else self.header.machine
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Engine and model of the newest segment."""
+        return self.segments[-1].identity if self.segments else self.header.identity
+
+    @property
+    def space(self) -> tuple[Mapping[str, object], ...]:
+        """The search space of the newest segment, as its runner recorded it."""
+        return self.segments[-1].space if self.segments else self.header.space
+
+
+class JournalError(Exception):
+    """The journal cannot be written. What was written before is kept."""
+
+
+class _Line(msgspec.Struct):
+    kind: str
+    body: msgspec.Raw
+    at: float = 0.0
+
+
+class _Head(msgspec.Struct):
+    format: int
+    kind: str
+    body: msgspec.Raw
+
+
+def _encode(kind: str, body: object, **more: object) -> bytes:
+    return msgspec.json.encode({**more, "kind": kind, "at": round(time.time(), 3), "body": body}) + b"\n"
+
+
+def _whole_lines(content: bytes) -> list[bytes]:
+    """The lines that end in a newline: a line without one was being written when something stopped it."""
+    return content.split(b"\n")[:-1]
+
+
+def read(folder: Path) -> Study:
+    """The study in `folder`.
+
+    Raises:
+        Refused: there is no journal, it is of a newer format, or a line before the last one is damaged.
+    """
+    path = folder / NAME
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise Refused(f"{folder}: no study here (expected {NAME}); see `ls {folder.parent}`") from None
+    except OSError as error:
+        raise Refused(f"{path}: {error.strerror}") from error
+    return _parse(folder, content)
+
+
+def _parse(folder: Path, content: bytes) -> Study:
+    path = folder / NAME
+    lines = _whole_lines(content)
+    if not lines:
+        raise Refused(f"{path}: the header was never finished; start the study anew")
+    try:
+        head = msgspec.json.decode(lines[0], type=_Head)
+        if head.format > FORMAT:
+            raise Refused(
+                f"{path}: written in format {head.format}, this tune reads up to format {FORMAT};"
+                " use the version that wrote it, or a newer one"
+            )
+        study = Study(folder=folder, header=msgspec.json.decode(head.body, type=Header))
+    except msgspec.MsgspecError as error:
+        raise Refused(f"{path}: line 1 is no study header ({error})") from error
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            event = msgspec.json.decode(line, type=_Line)
+            study = study.add(msgspec.json.decode(event.body, type=_KINDS[event.kind]))
+        except (msgspec.MsgspecError, KeyError) as error:
+            raise Refused(
+                f"{path}: line {number} is damaged ({error}); the lines before it are intact:"
+                f" keep them with `head -n {number - 1} {path}`"
+            ) from error
+    return study
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the study for this process. The kernel drops the lock when the process dies, however it dies.
+
+    Raises:
+        Refused: another process holds it.
+    """
+    with (folder / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(20).strip()
+            who = f"process {holder}" if holder.isdigit() else "another process"
+            raise Refused(f"{folder}: {who} is running this study; wait for it, or stop it first") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+class Journal:
+    """The open journal of a study that this process holds the lock of."""
+
+    def __init__(self, folder: Path, content: bytes) -> None:
+        self.folder = folder
+        self.study = _parse(folder, content)
+        self._content = content
+        self._descriptor = os.open(folder / NAME, os.O_RDWR)
+
+    @classmethod
+    def create(cls, folder: Path, header: Header) -> Self:
+        """Start a study in `folder`, which exists and is locked."""
+        content = _encode("study", header, format=FORMAT)
+        try:
+            descriptor = os.open(folder / NAME, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            try:
+                _write(descriptor, content, 0)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise JournalError(f"{folder / NAME}: {error.strerror}; nothing was started") from error
+        return cls(folder, content)
+
+    @classmethod
+    def resume(cls, folder: Path) -> Self:
+        """Open an existing journal, cutting off what a crash left half-written."""
+        study = read(folder)
+        path = study.folder / NAME
+        content = path.read_bytes()
+        intact = b"".join(line + b"\n" for line in _whole_lines(content))
+        try:
+            if intact != content:
+                os.truncate(path, len(intact))
+            return cls(folder, intact)
+        except OSError as error:
+            raise JournalError(f"{path}: {error.strerror}; the study can be read but not continued") from error
+
+    def append(self, event: Event) -> Study:
+        """Write `event` so that it survives a crash, and return the study with it.
+
+        Raises:
+            JournalError: the disk is full, read-only or gone. The journal keeps its earlier lines whole.
+        """
+        line = _encode(_NAMES[type(event)], event)
+        try:
+            if not self._still_there():
+                self._write_again()
+            try:
+                _write(self._descriptor, line, len(self._content))
+            except OSError:
+                # Half a line must not stay: the next append would make it a torn middle.
+                os.ftruncate(self._descriptor, len(self._content))
+                raise
+        except OSError as error:
+            cause = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
+            raise JournalError(
+                f"{self.folder / NAME}: {cause}; {len(self.study.history)} finished trials are kept."
+                f" Mend that, then go on with `tune run --resume {self.folder}`"
+            ) from error
+        self._content += line
+        self.study = self.study.add(event)
+        return self.study
+
+    def _still_there(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), (self.folder / NAME).stat())
+        except FileNotFoundError:
+            return False
+
+    def _write_again(self) -> None:
+        """Somebody deleted the folder while the study runs: all lines are still here, so put them back."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        os.close(self._descriptor)
+        self._descriptor = descriptor
+        _write(descriptor, self._content, 0)
+
+    def close(self) -> None:
+        """Give the file back; the study stays readable."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _write(descriptor: int, content: bytes, offset: int) -> None:
+    """All of `content` at `offset`, on the disk before this returns."""
+    while content:
+        written = os.pwrite(descriptor, content, offset)
+        content, offset = content[written:], offset + written
+    os.fsync(descriptor)

@@ -1,0 +1,37 @@
+"""The engine's own setting comes first: every saving is a saving against it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tuner.proposers.untried import Untried
+from tuner.space import SearchSpace
+from tuner.trial import History, Proposal, Proposer
+
+
+class DefaultFirst:
+    """Proposes the default configuration while nothing is there to compare with, then asks `inner`.
+
+    A new segment starts with an empty `History.current`, so it measures the default again.
+    """
+
+    def __init__(self, inner: Proposer) -> None:
+        self.inner = inner
+        self.name = inner.name
+
+    def propose(self, space: SearchSpace, history: History) -> Proposal | None:
+        """The default as the first trial of a segment.
+
+        A default that is forbidden, or that breaks a constraint, is not run: `inner` is asked at once
+        and its reason says so. One that the person turned down is passed over without a word.
+        """
+        default = space.default()
+        if history.current:
+            return self.inner.propose(space, history)
+        if default in Untried.of(space, history):
+            return Proposal(config=space.check(default), source="default", reason="the engine's own setting")
+        proposal = self.inner.propose(space, history)
+        if proposal and (faults := space.broken(default)):
+            why = f"the default is not legal here ({'; '.join(faults)}), so there is nothing to compare with; "
+            return replace(proposal, reason=why + proposal.reason)
+        return proposal

@@ -1,0 +1,399 @@
+"""The offline adviser: what an expert would try first, then one change at a time from the best.
+
+It is not a language model and learns nothing from one study to the next. What it knows is the table
+`ADVICE`; everything else it reads off the trials:
+
+1. The usual first moves, all at once.
+2. From the best trial, single changes, the most promising first. A direction that has just paid off is
+   followed further, one that cost energy elsewhere comes late, and what was tried from here is spent.
+   A change that a constraint forbids is made together with one that makes it legal.
+3. Two changes at once; then the same around the next best trials; then a random configuration.
+
+While nothing has run without failing, it first asks for less and less memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from tuner.proposers.random import instead_of
+from tuner.proposers.untried import Untried, inside
+from tuner.space import Choice, Config, Parameter, SearchSpace, Value, show
+from tuner.trial import History, Proposal
+
+# --- what an expert knows --------------------------------------------------------------------
+
+Target = Callable[[Parameter], Value | None]
+"""The value that an expert would try first; None when there is no such value."""
+
+
+def to(*wanted: Value) -> Target:
+    """The first of `wanted` that is legal; `to()` knows the parameter and advises nothing."""
+    return lambda parameter: next((w for w in wanted if _is_legal(parameter, w)), None)
+
+
+def at_least(number: float) -> Target:
+    """`number` or twice the default, whichever is more, as far as the range goes."""
+
+    def target(parameter: Parameter) -> Value | None:
+        default = parameter.default
+        return None if isinstance(default, bool | str) else _nearest(parameter, max(number, 2 * default))
+
+    return target
+
+
+def share(fraction: float) -> Target:
+    """This share of the high end of the range."""
+
+    def target(parameter: Parameter) -> Value | None:
+        top = parameter.at(_HIGH_END)
+        return None if isinstance(top, bool | str) else _nearest(parameter, fraction * top)
+
+    return target
+
+
+_HIGH_END = math.nextafter(1.0, 0.0)
+
+
+def _is_legal(parameter: Parameter, value: Value) -> bool:
+    try:
+        parameter.check(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _nearest(parameter: Parameter, number: float) -> Value:
+    """The legal value that is nearest to `number`: a target may lie outside the range of this machine."""
+    if isinstance(parameter, Choice):
+        return min(parameter.values, key=lambda v: abs(float(v) - number) if _is_number(v) else math.inf)
+    low, high = parameter.at(0.0), parameter.at(_HIGH_END)
+    clipped = min(max(number, float(low)), float(high))
+    return parameter.check(clipped if isinstance(parameter.default, float) else round(clipped))
+
+
+def _is_number(value: Value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What is known about a parameter before anything is measured."""
+
+    why: str
+    target: Target
+    usual: bool = True
+    """Part of the first proposal, which makes all usual moves at once."""
+    memory: bool = False
+    """Lower values need less memory."""
+
+
+_TOGETHER = "sequences decoded together share each read of the weights"
+_CHUNK = "larger pieces of prompt share each read of the weights"
+_FUSED = "the fused attention kernel moves less data through memory"
+_SMALLER = "smaller weights are fewer bytes to read for each token"
+_CACHE = "a quantised cache costs arithmetic and pays at long contexts only"
+_COMPILED = "recorded or compiled kernels spare the CPU's work on each step"
+_MEMORY = "more memory for the cache lets more sequences run"
+
+ADVICE: Mapping[str, Advice] = {
+    # Listed by expected effect, the largest first. Sequences in flight:
+    "parallel": Advice(_TOGETHER, at_least(8), memory=True),
+    "max_num_seqs": Advice(_TOGETHER, at_least(64), memory=True),
+    "max_running_requests": Advice(_TOGETHER, at_least(64), memory=True),
+    "max_batch_size": Advice(_TOGETHER, at_least(8), memory=True),
+    "batch_size": Advice(_TOGETHER, at_least(8), memory=True),
+    "num_images_per_prompt": Advice("images made together share each read of the weights", at_least(4), memory=True),
+    "concurrency": Advice("an engine can only batch what it is sent at the same time", at_least(8), memory=True),
+    "continuous_batching": Advice("a free slot takes the next request at once", to(True)),
+    # Bytes and work for each token:
+    "weights": Advice(_SMALLER, to("q4_0", "Q4_0", "q4_k_m", "Q4_K_M", "q8_0", "Q8_0")),
+    "quantization": Advice(_SMALLER, to("int8", "fp8", "awq", "gptq"), usual=False),
+    "gpu_layers": Advice("layers on the GPU keep the slower device out of the loop", share(1.0), memory=True),
+    "repack": Advice("weights laid out for the vector units cost less per multiplication", to(True)),
+    "flash_attention": Advice(_FUSED, to(True, "on")),
+    "attention": Advice(_FUSED, to("flash_attention_2", "flash", "sdpa")),
+    "attn_implementation": Advice(_FUSED, to("flash_attention_2", "sdpa")),
+    "enforce_eager": Advice(_COMPILED, to(False)),
+    "disable_cuda_graph": Advice(_COMPILED, to(False)),
+    "compile": Advice(_COMPILED, to(True), usual=False),
+    "async_scheduling": Advice("the next step is prepared while this one runs", to(True)),
+    "guidance_scale": Advice("without guidance there is one pass in place of two", to(1.0), usual=False),
+    "num_inference_steps": Advice("each step costs the same energy", share(0.5), usual=False),
+    # The hardware; half of the logical processors are the cores of most machines:
+    "threads": Advice(
+        "decoding waits for memory: a core's second thread adds power, not tokens", share(0.5), usual=False
+    ),
+    "num_threads": Advice("a core's second thread adds power, not tokens", share(0.5), usual=False),
+    "sm_clock_mhz": Advice("decoding waits for memory: a lower clock costs little time", share(0.7), usual=False),
+    "power_limit_watts": Advice("the last watts buy the fewest tokens", share(0.7), usual=False),
+    # Prompt processing:
+    "threads_batch": Advice("prompts are limited by arithmetic: every processor helps", share(1.0), usual=False),
+    "max_num_batched_tokens": Advice(_CHUNK, at_least(8192), usual=False, memory=True),
+    "n_ubatch": Advice(_CHUNK, at_least(512), usual=False, memory=True),
+    "n_batch": Advice(_CHUNK, at_least(512), usual=False, memory=True),
+    "max_prefill_tokens": Advice(_CHUNK, at_least(8192), usual=False, memory=True),
+    "chunked_prefill_size": Advice(_CHUNK, at_least(4096), usual=False, memory=True),
+    "enable_chunked_prefill": Advice("prompts fill the steps that decoding leaves half empty", to(True)),
+    # Numbers and memory:
+    "dtype": Advice("half the bytes for each weight", to("bfloat16", "float16"), usual=False),
+    "kv_unified": Advice("one cache for all slots keeps no room for the length of each", to(True), usual=False),
+    "channels_last": Advice("the layout in which convolutions read", to(True)),
+    "cpu_offload_gb": Advice("weights that stay on the GPU are not copied at each step", to(0)),
+    # Known, and rarely worth an early trial:
+    "gpu_memory_utilization": Advice(_MEMORY, to(), memory=True),
+    "mem_fraction_static": Advice(_MEMORY, to(), memory=True),
+    "cache_type_k": Advice(_CACHE, to()),
+    "cache_type_v": Advice(_CACHE, to()),
+    "kv_cache_dtype": Advice(_CACHE, to()),
+    "mmap": Advice("mapping the file changes the loading, hardly the decoding", to()),
+}
+
+# Expected savings in ln(joules per unit) before there is evidence: what orders untested changes among
+# themselves and against tested ones. A direction that saved more than 15 % is followed before all of them.
+_USUAL, _DOUBTFUL, _UNKNOWN, _AGAINST = 0.08, 0.05, 0.04, 0.02
+_FAILED = -1.0
+"""A change that made a trial fail ranks as if it had cost 170 %."""
+
+
+# --- what the trials say ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A configuration of this space that was run."""
+
+    config: Config
+    number: int
+    log_energy: float | None
+    """ln(joules per unit); None when it failed."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one value in place of another did, as far as two trials can tell."""
+
+    old: Value
+    new: Value
+    saving: float
+    """ln(energy before) - ln(energy after): 0.1 is a saving of 10 %."""
+    changed: int
+    """In how many parameters the two trials differ; they share the saving equally."""
+
+
+def seen_trials(space: SearchSpace, history: History) -> list[Seen]:
+    """The comparable trials whose configurations are of this space."""
+    return [
+        Seen(config, trial.number, math.log(energy) if (energy := trial.joules_per_unit) else None)
+        for trial in history.current
+        if (config := inside(space, trial.config)) is not None
+    ]
+
+
+def effects(space: SearchSpace, seen: Sequence[Seen]) -> dict[str, list[Effect]]:
+    """What the trials tell about each parameter, pair by pair.
+
+    Two trials that differ in one parameter speak for both directions. Those that differ in several
+    speak only for the change that saved: which of several changes cost energy cannot be told.
+    """
+    found: dict[str, list[Effect]] = {p.name: [] for p in space.free}
+    for pair in combinations(seen, 2):
+        # From the dearer to the cheaper; a failed trial is the dearest.
+        worse, better = sorted(pair, key=lambda s: -(math.inf if s.log_energy is None else s.log_energy))
+        if better.log_energy is None:
+            continue
+        names = [name for name in found if worse.config[name] != better.config[name]]
+        saving = -_FAILED if worse.log_energy is None else worse.log_energy - better.log_energy
+        for name in names:
+            old, new = worse.config[name], better.config[name]
+            if worse.log_energy is not None:
+                found[name].append(Effect(old, new, saving / len(names), len(names)))
+            if len(names) == 1:
+                found[name].append(Effect(new, old, -saving, 1))
+    return found
+
+
+# --- what to do next -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Move:
+    """Changes to make to a configuration, what they promise, and why."""
+
+    changes: Config
+    why: str
+    promise: float = 0.0
+    """Expected saving in ln(joules per unit)."""
+
+
+class Rules:
+    """Expert first moves, then improvement step by step from the best trial."""
+
+    name = "rules"
+
+    def __init__(self, seed: int) -> None:
+        """Only the last resort, a random configuration, depends on `seed`."""
+        self.seed = seed
+
+    def propose(self, space: SearchSpace, history: History) -> Proposal | None:
+        """The first move that leads to an untried configuration."""
+        untried = Untried.of(space, history)
+        for base, name, move in _moves(space, seen_trials(space, history)):
+            config = {**base, **move.changes}
+            if config in untried:
+                changes = (f"{n} {show(base[n])} -> {show(v)}" for n, v in move.changes.items() if v != base[n])
+                reason = f"{', '.join(changes)}, from {name}: {move.why}"
+                return Proposal(config=space.check(config), source=self.name, reason=reason)
+        return instead_of(self.name, "no rule leads to anything new", space, history, self.seed)
+
+
+def _moves(space: SearchSpace, seen: Sequence[Seen]) -> Iterator[tuple[Config, str, Move]]:
+    """Every move in the order in which it is to be tried: where from, the name of that, and what."""
+    measured = sorted((s for s in seen if s.log_energy is not None), key=lambda s: (s.log_energy, s.number))
+    bases = [(s.config, f"trial {s.number}") for s in measured if not space.broken(s.config)]
+    bases = bases or [(space.default(), "the default")]
+    best, best_name = bases[0]
+    if seen and not measured:
+        yield from ((best, best_name, move) for move in _less_memory(space))
+    usual = _usual_moves(space, best)
+    if not any(usual.changes.items() <= s.config.items() for s in seen):
+        yield best, best_name, usual
+    known = effects(space, seen)
+    for base, name in bases:
+        steps = sorted(_steps(space, base, known, seen), key=lambda step: -step.promise)
+        yield from ((base, name, _mended(space, base, step)) for step in steps)
+        yield from ((base, name, pair) for pair in _pairs(steps))
+
+
+def _less_memory(space: SearchSpace) -> Iterator[Move]:
+    """All that takes memory one step lower, then two, until nothing can be lowered."""
+    hungry = [p for p in space.free if p.name in ADVICE and ADVICE[p.name].memory]
+    values: Config = {p.name: p.default for p in hungry}
+    for _ in range(32):
+        lower: Config = {
+            p.name: min((values[p.name], *p.neighbours(values[p.name])), key=p.position)
+            for p in hungry
+        }  # fmt: skip
+        if lower == values:
+            return
+        yield Move(lower, "nothing has run yet, so ask for less memory")
+        values = lower
+
+
+def _usual_moves(space: SearchSpace, base: Config) -> Move:
+    """The usual first moves together, but for those that no constraint lets through."""
+    config, reasons = base, []
+    for parameter in _by_expectation(space):
+        advice = ADVICE.get(parameter.name)
+        target = advice.target(parameter) if advice and advice.usual else None
+        if advice is None or target is None or target == config[parameter.name]:
+            continue
+        changed = {**config, **_mended(space, config, Move({parameter.name: target}, advice.why)).changes}
+        if not space.broken(changed):
+            config = changed
+            reasons.append(advice.why)
+    changes = {name: value for name, value in config.items() if value != base[name]}
+    return Move(changes, "; ".join(dict.fromkeys(reasons)))
+
+
+def _by_expectation(space: SearchSpace) -> list[Parameter]:
+    """The free parameters, those with the largest expected effect first."""
+    rank = {name: place for place, name in enumerate(ADVICE)}
+    return sorted(space.free, key=lambda p: rank.get(p.name, len(rank)))
+
+
+def _steps(
+    space: SearchSpace, base: Config, known: Mapping[str, Sequence[Effect]], seen: Sequence[Seen]
+) -> Iterator[Move]:
+    """All single changes of `base`; of two that promise the same, the bolder one first."""
+    for parameter in _by_expectation(space):
+        old = base[parameter.name]
+        advised = ADVICE[parameter.name].target(parameter) if parameter.name in ADVICE else None
+        values = {v: None for v in (advised, *parameter.neighbours(old)) if v is not None and v != old}
+        values |= dict.fromkeys(_between(parameter, old, [s.config[parameter.name] for s in seen]))
+        here = parameter.position(old)
+        for value in sorted(values, key=lambda v: -abs(parameter.position(v) - here)):
+            promise, why = _promise(parameter, old, value, known[parameter.name])
+            yield Move({parameter.name: value}, why, promise)
+
+
+def _between(parameter: Parameter, old: Value, tried: Sequence[Value]) -> Iterator[Value]:
+    """Half the way to the next value that was tried, below and above, or to the end of the range."""
+    if isinstance(parameter, Choice):
+        return
+    here = parameter.position(old)
+    others = [parameter.position(v) for v in tried if v != old]
+    below = max((u for u in others if u < here), default=0.0)
+    above = min((u for u in others if u > here), default=_HIGH_END)
+    for there in (below, above):
+        middle = parameter.at((here + there) / 2)
+        if middle != old:
+            yield middle
+
+
+def _promise(parameter: Parameter, old: Value, new: Value, known: Sequence[Effect]) -> tuple[float, str]:
+    """The expected saving of a change, and why it is expected."""
+    alike = [e for e in known if _same_way(parameter, (e.old, e.new), (old, new))]
+    if alike:
+        middle = _middle(parameter, old, new)
+        effect = min(alike, key=lambda e: (e.changed, abs(_middle(parameter, e.old, e.new) - middle)))
+        others = "" if effect.changed == 1 else f" together with {effect.changed - 1} other changes"
+        way = f"{show(effect.old)} -> {show(effect.new)}{others}"
+        if effect.saving <= _FAILED:
+            return effect.saving, f"{way} failed, but everything that promised more was tried"
+        if effect.saving <= 0:
+            return effect.saving, f"{way} cost {math.expm1(-effect.saving):.0%}, but what promised more was tried"
+        # Returns diminish: the next step the same way is worth half of the last one.
+        same = (effect.old, effect.new) == (old, new)
+        return effect.saving * (1.0 if same else 0.5), f"{way} saved {-math.expm1(-effect.saving):.0%}"
+    advice = ADVICE.get(parameter.name)
+    if advice is None:
+        return _UNKNOWN, "its effect is unknown"
+    target = advice.target(parameter)
+    if target is not None and _same_way(parameter, (old, target), (old, new)):
+        return (_USUAL if advice.usual else _DOUBTFUL), advice.why
+    if target is not None and _is_number(target) and not _same_way(parameter, (target, parameter.default), (old, new)):
+        return _UNKNOWN, f"its effect beyond {show(target)} is unknown"
+    return _AGAINST, "the usual advice speaks against it, but what promised more was tried"
+
+
+def _same_way(parameter: Parameter, one: tuple[Value, Value], other: tuple[Value, Value]) -> bool:
+    """Whether two changes go in the same direction; on an unordered scale, whether they end in the same value."""
+    if isinstance(parameter, Choice) and not parameter.ordered:
+        return one[1] == other[1]
+    ways = [parameter.position(new) - parameter.position(old) for old, new in (one, other)]
+    return ways[0] * ways[1] > 0
+
+
+def _middle(parameter: Parameter, old: Value, new: Value) -> float:
+    return (parameter.position(old) + parameter.position(new)) / 2
+
+
+def _mended(space: SearchSpace, base: Config, move: Move) -> Move:
+    """The move, with the first change of one other parameter that makes it legal where it is not."""
+    config = {**base, **move.changes}
+    if not space.broken(config):
+        return move
+    for parameter in space.free:
+        if parameter.name in move.changes:
+            continue
+        old = base[parameter.name]
+        values = parameter.values if isinstance(parameter, Choice) else parameter.neighbours(old)
+        here = parameter.position(old)
+        for value in sorted(values, key=lambda v: abs(parameter.position(v) - here)):
+            if not space.broken({**config, parameter.name: value}):
+                why = f"{move.why}; {parameter.name} changes with it so that it is allowed"
+                return Move({**move.changes, parameter.name: value}, why, move.promise)
+    return move
+
+
+def _pairs(steps: Sequence[Move]) -> Iterator[Move]:
+    """Two changes at once, the most promising first."""
+    ranks = combinations(range(len(steps)), 2)
+    for first, second in sorted(ranks, key=sum):
+        one, other = steps[first].changes, steps[second].changes
+        if one.keys() != other.keys():
+            yield Move({**one, **other}, "every single change from here was tried")

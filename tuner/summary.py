@@ -1,0 +1,477 @@
+"""What the trials so far say, computed once and said the same way everywhere.
+
+Prompts, tables and exports read the same few functions, so that a person and a language model are
+told the same thing. All of them are pure functions of records; none of them invents: where the
+data do not determine a number there is no number.
+
+Energies are compared as logarithms: a ratio is what people ask for, spread grows with the mean, and
+the logarithm of a ratio has a symmetric interval.
+
+Glossary
+    unit      what the engine puts out and energy is divided by: a token or an image
+    window    one measured stretch of a trial; the windows of one trial share one launch of the engine
+    spread    standard deviation between the windows of one trial over their mean
+    noise     what two trials of one configuration differ by
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from tuner.space import SearchSpace, Value, show
+from tuner.trial import Exchange, History, Trial, Unit
+
+NOISE_FLOOR = 0.03
+"""No ratio closer to 1 than this (in ln) is told from noise, whatever the windows say.
+
+The windows of one trial share one launch: the same memory layout, the same clocks, the same neighbours.
+They understate how far two launches of one configuration differ, which is 3 to 10 % on a busy machine."""
+
+CONFIDENCE = 0.95
+
+FIT_FREEDOM = 3
+"""Residual degrees of freedom from which a fit's own scatter is believed (Student's t is 3.2 there, 12.7 at 1)."""
+
+
+# --- Student's t -----------------------------------------------------------------------------
+
+
+def _t_probability(t: float, degrees: int) -> float:
+    """P(|T| <= t) for Student's T with integer degrees of freedom.
+
+    Abramowitz and Stegun, Handbook of Mathematical Functions (1964), equations 26.7.3 (odd) and
+    26.7.4 (even): finite sums in theta = atan(t / sqrt(degrees)), exact.
+    """
+    theta = math.atan(t / math.sqrt(degrees))
+    sine, cosine = math.sin(theta), math.cos(theta)
+    odd = degrees % 2
+    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
+    for k in range(odd, degrees - 1, 2):
+        total += term
+        term *= cosine * cosine * (k + 1) / (k + 2)
+    return 2 / math.pi * (theta + sine * total) if odd else sine * total
+
+
+@lru_cache(maxsize=256)
+def student_t(probability: float, degrees: int) -> float:
+    """The quantile of Student's t: P(T <= result) = `probability`, for `probability` in [0.5, 1).
+
+    `student_t(0.975, 4)` is the 2.776 of a two-sided 95 % interval over five values. By bisection
+    on the exact distribution; takes the place of scipy.stats, which takes 1 to 2 s to import.
+    """
+    if not (0.5 <= probability < 1 and degrees >= 1):
+        raise ValueError(f"expected probability in [0.5, 1) and degrees >= 1, got {probability} and {degrees}")
+    central = 2 * probability - 1
+    low, high = 0.0, 1.0
+    while _t_probability(high, degrees) < central:
+        low, high = high, high * 2
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if _t_probability(middle, degrees) < central else (low, middle)
+    return high
+
+
+# --- one trial against another ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Joules per unit of one trial over those of another."""
+
+    ratio: float
+    low: float | None
+    """Lower end of the 95 % interval; None where one of the two has fewer than two windows."""
+    high: float | None
+    within_noise: bool
+    """Whether the two cannot be told apart."""
+
+
+def _logs(trial: Trial) -> list[float]:
+    """ln(joules per unit) of each window that counts. An estimate may read 0 J; that has no logarithm."""
+    return [math.log(v) for m in trial.valid if (v := m.joules_per_unit) is not None and v > 0]
+
+
+def window_interval(trial: Trial) -> tuple[float, float] | None:
+    """95 % interval of the mean joules per unit, from the windows of `trial`; None below two windows.
+
+    Assumes that the logarithms of the windows are independent and near normal: Student's t. It says
+    how well this one launch was measured, not how another launch would come out (`NOISE_FLOOR`), and
+    for an estimate it holds nothing of the estimate's own range (`Trial.joules_per_unit_bounds`).
+    """
+    logs = _logs(trial)
+    if not trial.joules_per_unit or len(logs) < 2:
+        return None
+    half = student_t((1 + CONFIDENCE) / 2, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return trial.joules_per_unit * math.exp(-half), trial.joules_per_unit * math.exp(half)
+
+
+def against(trial: Trial, reference: Trial) -> Ratio | None:
+    """How many times the energy of `reference` one unit costs in `trial`.
+
+    The 95 % interval is Welch's, on logarithms (B. L. Welch, Biometrika 34, 1947, 28-35), with the
+    degrees of freedom rounded down. None where either was not measured, and across segments.
+    """
+    ours, theirs = trial.joules_per_unit, reference.joules_per_unit
+    if not ours or not theirs or trial.segment != reference.segment:
+        return None
+    difference = math.log(ours / theirs)
+    half = _welch_half_width(_logs(trial), _logs(reference))
+    near = abs(difference) <= max(half or 0.0, NOISE_FLOOR)
+    if half is None:
+        return Ratio(ours / theirs, None, None, within_noise=near)
+    return Ratio(ours / theirs, math.exp(difference - half), math.exp(difference + half), within_noise=near)
+
+
+def _welch_half_width(a: Sequence[float], b: Sequence[float]) -> float | None:
+    if len(a) < 2 or len(b) < 2:
+        return None
+    of_a, of_b = statistics.variance(a) / len(a), statistics.variance(b) / len(b)
+    if of_a + of_b == 0:
+        return 0.0
+    degrees = (of_a + of_b) ** 2 / (of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1))
+    return student_t((1 + CONFIDENCE) / 2, max(math.floor(degrees), 1)) * math.sqrt(of_a + of_b)
+
+
+# --- what each parameter does ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one value of one parameter does to joules per unit, all else equal."""
+
+    parameter: str
+    base: Value
+    """The parameter's default, which `value` is held against."""
+    value: Value
+    ratio: float
+    """Joules per unit with `value` over those with `base`."""
+    trials: int
+    """Measured trials that ran with `value`."""
+    within_noise: bool
+
+    @property
+    def sentence(self) -> str:
+        """`parallel 4 -> 8: 0.62x the energy (3 trials)`."""
+        count = f"{self.trials} trial" if self.trials == 1 else f"{self.trials} trials"
+        change = f"{self.parameter} {show(self.base)} -> {show(self.value)}"
+        if self.within_noise:
+            return f"{change}: no effect beyond noise ({ratio_text(self.ratio)}, {count})"
+        return f"{change}: {ratio_text(self.ratio)} the energy ({count})"
+
+
+def effects(space: SearchSpace, history: History) -> list[Effect]:
+    """What the values of each parameter have done so far, the largest effect first.
+
+    A least-squares fit of main effects: ln(J/unit) = constant + one number for each value other than
+    the default. A value is reported only where the trials determine its number (it is estimable): two
+    trials that differ in one parameter do; a trial that changes two parameters at once says nothing of
+    either, until another trial separates them. With one change at a time the fit is the plain difference.
+    Interactions between parameters are not in it: they show as scatter.
+    """
+    trials = [t for t in history.measured if t.joules_per_unit]
+    columns = [
+        (p, value)
+        for p in space.parameters
+        for value in dict.fromkeys(t.config[p.name] for t in trials if p.name in t.config)
+        if value != p.default
+    ]
+    if not columns or len(trials) < 2:
+        return []
+    rows = [[1.0, *(float(t.config.get(p.name) == value) for p, value in columns)] for t in trials]
+    fit = _least_squares(rows, [math.log(t.joules_per_unit or 1.0) for t in trials])
+    found = []
+    for (parameter, value), number in zip(columns, fit.numbers[1:], strict=True):
+        if number is None:
+            continue
+        coefficient, variance_factor = number
+        # A difference of two single trials has the variance factor 2, and NOISE_FLOOR for its margin.
+        margin = NOISE_FLOOR * math.sqrt(variance_factor / 2)
+        if fit.freedom >= FIT_FREEDOM:
+            quantile = student_t((1 + CONFIDENCE) / 2, fit.freedom)
+            margin = max(margin, quantile * fit.residual_sd * math.sqrt(variance_factor))
+        found.append(
+            Effect(
+                parameter=parameter.name,
+                base=parameter.default,
+                value=value,
+                ratio=math.exp(coefficient),
+                trials=sum(t.config.get(parameter.name) == value for t in trials),
+                within_noise=abs(coefficient) <= margin,
+            )
+        )
+    return sorted(found, key=lambda e: -abs(math.log(e.ratio)))
+
+
+@dataclass(frozen=True)
+class _Fit:
+    numbers: tuple[tuple[float, float] | None, ...]
+    """For each column its coefficient and the factor of its variance; None where the data do not determine it."""
+    residual_sd: float
+    freedom: int
+
+
+def _least_squares(rows: Sequence[Sequence[float]], values: Sequence[float]) -> _Fit:
+    """Ordinary least squares that knows which coefficients the rows determine.
+
+    Sweeps the cross products on one column after another and leaves out those that depend on columns
+    already swept. Afterwards the matrix holds the coefficients, the inverse of X'X, the residual sum of
+    squares, and how each column left out depends on the others: a coefficient is estimable where none
+    does. J. H. Goodnight, A Tutorial on the SWEEP Operator, The American Statistician 33 (1979), 149-158.
+    """
+    width = len(rows[0])
+    full = [[*row, value] for row, value in zip(rows, values, strict=True)]
+    matrix = [[sum(r[i] * r[j] for r in full) for j in range(width + 1)] for i in range(width + 1)]
+    swept = []
+    for k in range(width):
+        # Entries count trials, so a pivot that depends on others is rounding away from 0 and no other is small.
+        if matrix[k][k] > 1e-8:
+            _sweep(matrix, k)
+            swept.append(k)
+    left_out = [k for k in range(width) if k not in swept]
+    numbers: list[tuple[float, float] | None] = [None] * width
+    for k in swept:
+        if all(abs(matrix[k][other]) < 1e-8 for other in left_out):
+            numbers[k] = (matrix[k][width], matrix[k][k])
+    freedom = len(rows) - len(swept)
+    residual_sd = math.sqrt(max(matrix[width][width], 0.0) / freedom) if freedom else 0.0
+    return _Fit(tuple(numbers), residual_sd, freedom)
+
+
+def _sweep(matrix: list[list[float]], k: int) -> None:
+    pivot = matrix[k][k]
+    matrix[k] = [entry / pivot for entry in matrix[k]]
+    for i, row in enumerate(matrix):
+        if i != k:
+            factor = row[k]
+            matrix[i] = [entry - factor * own for entry, own in zip(row, matrix[k], strict=True)]
+            matrix[i][k] = -factor / pivot
+    matrix[k][k] = 1 / pivot
+
+
+# --- where the energy goes -------------------------------------------------------------------
+
+
+def where_energy_goes(trial: Trial) -> dict[str, str]:
+    """What a specialist asks of one measured trial, each figure with its unit; only what is known is there."""
+    windows = trial.valid
+    if not windows:
+        return {}
+    seconds = sum(m.seconds for m in windows)
+    joules = sum(m.joules for m in windows)
+    label = "" if trial.quality == "measured" else f" ({trial.quality})"
+    said: dict[str, str] = {}
+    prefill = _sum(m.work.prefill_seconds for m in windows)
+    decode = _sum(m.work.decode_seconds for m in windows)
+    if prefill is not None and decode is not None and prefill + decode > 0:
+        share = prefill / (prefill + decode)
+        said["prefill"] = f"{percent_text(share)} of the requests' time"
+        said["decode"] = f"{percent_text(1 - share)} of the requests' time"
+    if trial.units_per_second is not None:
+        said["speed"] = f"{number_text(trial.units_per_second)} {windows[0].work.unit}s/s"
+    if seconds > 0:
+        said["mean power"] = f"{number_text(joules / seconds)} W{label}"
+        cpu_seconds = _sum(m.cpu_seconds for m in windows)
+        if cpu_seconds is not None:
+            said["CPU use"] = f"{number_text(cpu_seconds / seconds)} CPUs busy on average"
+    peaks = [m.peak_memory_bytes for m in windows if m.peak_memory_bytes is not None]
+    if peaks:
+        said["peak memory"] = bytes_text(max(peaks))
+    domains = list(dict.fromkeys(d for m in windows for d in m.energy))
+    if len(domains) > 1 and joules > 0:
+        for domain in domains:
+            part = sum(m.energy[domain].joules for m in windows if domain in m.energy)
+            said[f"energy of {domain}"] = f"{percent_text(part / joules)} of the total{label}"
+    return said
+
+
+def _sum(parts: Iterable[float | None]) -> float | None:
+    """The sum, or None where a part is missing: a missing reading is not 0."""
+    known = list(parts)
+    return sum(p for p in known if p is not None) if None not in known else None
+
+
+# --- what it cost to get here ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the chat was asked for."""
+
+    prompts: int
+    input_tokens: int | None
+    """None where the provider (or the person) gave no count for any of them."""
+    output_tokens: int | None
+
+
+def exchanges(history: History) -> list[Exchange]:
+    """Every prompt and answer once, in order; those whose proposal a person turned down are among them."""
+    turned_down = [
+        (d.before_trial, 0, d.proposal) for d in history.decisions if d.action in ("reject", "forbid") and d.proposal
+    ]
+    proposals = sorted([*turned_down, *((t.number, 1, t.proposal) for t in history.trials)], key=lambda p: p[:2])
+    return [exchange for _, _, proposal in proposals for exchange in proposal.exchanges]
+
+
+def usage(history: History) -> Usage:
+    """Prompts sent and tokens used so far."""
+    replies = [e.reply for e in exchanges(history)]
+    read = [r.input_tokens for r in replies if r.input_tokens is not None]
+    written = [r.output_tokens for r in replies if r.output_tokens is not None]
+    return Usage(len(replies), sum(read) if read else None, sum(written) if written else None)
+
+
+def typical_trial_seconds(history: History) -> float | None:
+    """What a trial takes: the median of those that were measured; None before the first."""
+    return statistics.median([t.seconds for t in history.measured]) if history.measured else None
+
+
+# --- saying it -------------------------------------------------------------------------------
+
+
+def differences(space: SearchSpace, config: Mapping[str, Value], base: Mapping[str, Value]) -> str:
+    """`parallel 4 -> 8, threads 2 -> 1`, in the order of the space; empty where nothing differs."""
+    return changes_text(config, base, space.names)
+
+
+def changes_text(config: Mapping[str, Value], base: Mapping[str, Value], names: Iterable[str]) -> str:
+    """As `differences`, for a journal that is read without its engine."""
+    return ", ".join(
+        f"{name} {show(base.get(name))} -> {show(config.get(name))}"
+        for name in names
+        if config.get(name) != base.get(name)
+    )
+
+
+_PREFIXES = {-9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G"}
+
+
+def joules_text(joules: float | None) -> str:
+    """Three significant digits with an SI prefix: `412 mJ`, `1.20 J`; `-` where there is none."""
+    if joules is None:
+        return "-"
+    if joules == 0 or not math.isfinite(joules):
+        return f"{joules:g} J"
+    # Rounded before the prefix is chosen: 999.7 mJ is 1.00 J, not 1000 mJ.
+    exponent = int(f"{joules:.2e}".partition("e")[2])
+    power = min(max(3 * (exponent // 3), min(_PREFIXES)), max(_PREFIXES))
+    decimals = max(2 - (exponent - power), 0)
+    return f"{joules / 10.0**power:.{decimals}f} {_PREFIXES[power]}J"
+
+
+def number_text(value: float | None) -> str:
+    """About three significant digits without an exponent: `0.123`, `45.6`, `1234`."""
+    if value is None:
+        return "-"
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    exponent = int(f"{value:.2e}".partition("e")[2])
+    return f"{value:.{min(max(2 - exponent, 0), 6)}f}"
+
+
+def percent_text(share: float) -> str:
+    """`0.123` as `12 %`; one decimal below 10 %."""
+    return f"{100 * share:.0f} %" if abs(share) >= 0.0995 else f"{100 * share:.1f} %"
+
+
+def ratio_text(ratio: float) -> str:
+    """`0.71x`."""
+    return f"{ratio:.2f}x"
+
+
+def spread_text(trial: Trial) -> str:
+    """`± 2.1 %`: standard deviation between the windows; empty below two windows."""
+    return "" if trial.relative_sd is None else f"± {percent_text(trial.relative_sd)}"
+
+
+def quality_text(trial: Trial) -> str:
+    """The label of an energy that was not measured (`estimated`, `replayed`, `simulated`), or nothing."""
+    return "" if trial.quality in (None, "measured") else str(trial.quality)
+
+
+def energy_text(trial: Trial) -> str:
+    """`412 mJ/token ± 2.1 % estimated`, or `failed`."""
+    if trial.joules_per_unit is None:
+        return "failed"
+    return " ".join(
+        part
+        for part in (f"{joules_text(trial.joules_per_unit)}/{unit(trial)}", spread_text(trial), quality_text(trial))
+        if part
+    )
+
+
+def unit(trial: Trial) -> Unit:
+    """What the trial's energy is divided by."""
+    return trial.measurements[0].work.unit if trial.measurements else "token"
+
+
+def seconds_text(seconds: float | None) -> str:
+    """`4.2 s`, `42 s`, `3 min 05 s`, `2 h 10 min`; `-` where there is none."""
+    if seconds is None:
+        return "-"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def bytes_text(size: float) -> str:
+    """`1.23 GB`, in powers of 1000."""
+    for power, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= power:
+            return f"{number_text(size / power)} {name}"
+    return f"{size:.0f} B"
+
+
+def source_text(trial: Trial) -> str:
+    """Who proposed it, and in whose place: `rules for llm`. A fallback is never silent."""
+    source, replaced = trial.proposal.source, trial.proposal.in_place_of
+    return source if replaced is None else f"{source} for {replaced}"
+
+
+_SPARKS = "▁▂▃▄▅▆▇█"
+FAILED_MARK = "×"
+
+
+def sparkline(trials: Sequence[Trial]) -> str:
+    """One character for each trial, high for much energy (logarithmic); `FAILED_MARK` for a failure."""
+    logs = [math.log(t.joules_per_unit) for t in trials if t.joules_per_unit]
+    low, span = (min(logs), max(logs) - min(logs)) if logs else (0.0, 0.0)
+    # Differences within noise are not blown up to the full height.
+    span = max(span, 2 * NOISE_FLOOR)
+
+    def mark(trial: Trial) -> str:
+        if not trial.joules_per_unit:
+            return FAILED_MARK
+        return _SPARKS[min(int((math.log(trial.joules_per_unit) - low) / span * len(_SPARKS)), len(_SPARKS) - 1)]
+
+    return "".join(map(mark, trials))
+
+
+_ESCAPES = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
+    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f]).*?(?:\x07|\x1b\\|\x9c|$)"  # OSC, DCS, SOS, PM, APC with what they carry
+    r"|\x9b[0-?]*[ -/]*[@-~]"  # CSI as one character
+    r"|\x1b[ -/]*[0-~]",  # the other escapes
+    re.DOTALL,
+)
+# C0 and C1 controls, lone surrogates, and the marks that turn the direction of a line round (CVE-2021-42574).
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def clean(text: str, *, lines: bool = False) -> str:
+    """Text from outside (a model's reason, a log, a remark) without anything that acts on a terminal.
+
+    Escape sequences are taken out whole, other control characters one by one. Line breaks become
+    blanks unless `lines`.
+    """
+    text = text.replace("\r\n", "\n")
+    text = _UNPRINTABLE.sub("", _ESCAPES.sub("", text)).replace("\t", " ")
+    return text if lines else " ".join(text.split())
