@@ -136,12 +136,12 @@ _ORDINARY_TOKEN = 1
 
 
 def _metadata(data: mmap.mmap) -> dict[str, Any]:
-    """The key-value pairs of a GGUF file. An array of strings is given as its length: nobody needs the texts.
+    """The key-value pairs of a GGUF file. Of an array of strings only its indices are given: nobody needs the texts.
 
     `gguf.GGUFReader` reads the same, but takes seconds for a vocabulary of 100,000 pieces.
 
     Raises:
-        ValueError, KeyError, struct.error: the bytes are no GGUF of version 2 or 3.
+        ValueError, LookupError, OverflowError, struct.error: the bytes are no GGUF of version 2 or 3.
     """
     magic, version, _, pairs = struct.unpack_from("<4sIQQ", data)
     if magic != b"GGUF" or version not in (2, 3):
@@ -174,7 +174,7 @@ def _metadata(data: mmap.mmap) -> dict[str, Any]:
             for _ in range(count):
                 length = number("Q")
                 offset += length
-            return count
+            return range(count)
         layout = f"<{count}{_NUMBERS[of]}"
         values = struct.unpack_from(layout, data, offset)
         offset += struct.calcsize(layout)
@@ -203,7 +203,7 @@ def _header_of(path: Path, size: int, _mtime_ns: int) -> Model:
         head_width = own.get("attention.key_length") or (own["embedding_length"] // heads if heads else 0)
         kinds = pairs.get("tokenizer.ggml.token_type")
         vocabulary = pairs["tokenizer.ggml.tokens"]
-        ids = range(vocabulary) if kinds is None else (i for i, kind in enumerate(kinds) if kind == _ORDINARY_TOKEN)
+        ordinary = vocabulary if kinds is None else (i for i in vocabulary if kinds[i] == _ORDINARY_TOKEN)
         return Model(
             path=path,
             bytes=size,
@@ -211,12 +211,12 @@ def _header_of(path: Path, size: int, _mtime_ns: int) -> Model:
             layers=own["block_count"],
             context=own.get("context_length", 0),
             head_width=head_width,
-            tokens=tuple(ids) or tuple(range(vocabulary)),
+            tokens=tuple(ordinary) or tuple(vocabulary),
         )
     # The messages of these are about bytes and keys; the person's question is only: is it a model?
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+    except (ValueError, LookupError, TypeError, OverflowError, struct.error) as error:
         raise Refused(
-            f"--model {path}: expected a GGUF language model, got something else or a damaged file ({error}); "
+            f"--model {path}: expected a GGUF language model, got something else or a damaged file; "
             "convert a model with llama.cpp's convert_hf_to_gguf.py or leave --model out to tune with a generated one"
         ) from error
 
@@ -257,9 +257,11 @@ def _generated(target: Target, weights: str) -> Path:
             partial.write_text(f"{_sha256(path)}  {path.name}\n")
     except OSError as error:
         need = shape.parameters * BYTES_PER_WEIGHT[weights] / 1e6
+        # numpy reports a short write without the system's reason.
+        cause = error.strerror or "a write stopped short, as on a full disk"
         raise Refused(
             f"the generated model needs {math.ceil(need)} MB in {folder}, which cannot be written "
-            f"({error.strerror or error}); make room there or set XDG_CACHE_HOME to another folder"
+            f"({cause}); make room there or set XDG_CACHE_HOME to another folder"
         ) from error
     return path
 
@@ -459,10 +461,9 @@ def _build() -> _Build:
     if child.returncode != 0 or threads is None:
         last = (child.stderr.strip().splitlines() or ["no output"])[-1]
         cause = signal.Signals(-child.returncode).name if child.returncode < 0 else last
-        raise Refused(
-            f"xllamacpp does not run on this machine ({cause}); "
-            "install a build that fits it with: pip install --force-reinstall xllamacpp"
-        )
+        # The wheels take OpenMP from the system, and slim containers come without it.
+        remedy = "apt-get install libgomp1" if "libgomp" in cause else "pip install --force-reinstall xllamacpp"
+        raise Refused(f"xllamacpp does not run on this machine ({cause}); try: {remedy}")
     return _Build(threads=int(threads[1]), offload_devices=tuple(json.loads(child.stdout)))
 
 
@@ -531,18 +532,21 @@ def space(target: Target) -> SearchSpace:
             )
         )
     parameters += [
+        # llama_context::graph_compute takes threads_batch as soon as a step carries two tokens, so with
+        # several busy slots generation runs on it too.
         Int(
-            name="threads",
-            meaning="CPU threads while tokens are generated, a phase that waits for memory: beyond what saturates the "
-            "memory bus, threads burn power without speed",
+            name="threads_batch",
+            meaning="CPU threads while prompts are processed and while several slots generate together, that is, "
+            "whenever one step computes more than one token; prompts are limited by arithmetic and usually want every "
+            "core",
             default=build.threads,
             low=1,
             high=cpus,
         ),
         Int(
-            name="threads_batch",
-            meaning="CPU threads while prompts are processed, and whenever a step carries more than one token of a "
-            "slot, a phase limited by arithmetic that usually wants every core",
+            name="threads",
+            meaning="CPU threads while a single slot generates alone, a phase that waits for memory: beyond what "
+            "saturates the memory bus, threads burn power without speed; no effect while several slots are busy",
             default=build.threads,
             low=1,
             high=cpus,
@@ -850,7 +854,7 @@ _LOG: Mapping[str, re.Pattern[str]] = {
     }.items()
 }
 _COUNTS = frozenset({"parallel", "gpu_layers", "threads", "threads_batch", "n_ubatch", "n_batch", "n_ctx"})
-_LOADED = "srv          init: model loaded"
+_LOADED = re.compile(r"init: model loaded$", re.MULTILINE)
 _FLASH_RESOLVED = re.compile(r"Flash Attention (enabled|disabled)|Flash Attention .*set to (enabled|disabled)")
 _ERROR = re.compile(r"^[\d.]+ E (?:\w+ +)?(.+)$", re.MULTILINE)
 
@@ -885,16 +889,20 @@ class _Log:
         self._start = status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def read_back(self) -> dict[str, Value]:
-        """What the engine says it runs with. Its log is written by a thread of its own: wait for that."""
-        deadline = time.monotonic() + 2
-        while _LOADED not in (text := self._text()) and time.monotonic() < deadline and self._start is not None:
-            time.sleep(0.01)
-        return read_back(text)
+        """What the engine says it runs with."""
+        return read_back(self._once(_LOADED))
 
     def first_error(self) -> str | None:
         """The first line of level E; those that follow it say that loading failed."""
-        found = _ERROR.search(self._text())
+        found = _ERROR.search(self._once(_ERROR))
         return " ".join(found[1].split()) if found else None
+
+    def _once(self, line: re.Pattern[str]) -> str:
+        """The log once it holds `line`: a thread of the engine's own writes it, a little later than it happens."""
+        deadline = time.monotonic() + 2
+        while not line.search(text := self._text()) and self._start is not None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return text
 
     def _text(self) -> str:
         if self._start is None:

@@ -205,7 +205,11 @@ def test_the_end_of_a_long_log_is_cut_to_lines_that_can_be_shown(tmp_path):
 
 def test_ending_a_group_that_ignores_sigterm_kills_it():
     stubborn = subprocess.Popen(
-        [sys.executable, "-c", "import signal,time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"],
+        [
+            sys.executable,
+            "-c",
+            "import signal,time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(60)",
+        ],
         stdout=subprocess.PIPE,
         stdin=subprocess.PIPE,
         start_new_session=True,

@@ -58,7 +58,10 @@ trials = st.builds(
     effective=configs,
 )
 decisions = st.builds(
-    Decision, action=st.sampled_from(["accept", "reject", "forbid", "stop"]), before_trial=st.integers(0, 9), remark=text
+    Decision,
+    action=st.sampled_from(["accept", "reject", "forbid", "stop"]),
+    before_trial=st.integers(0, 9),
+    remark=text,
 )
 events = st.one_of(
     trials,
@@ -169,7 +172,9 @@ def test_a_stop_that_was_asked_for_is_not_held_against_the_pending_proposal(fold
 def test_a_segment_brings_its_own_machine_engine_and_space(folder):
     with Journal.create(folder, HEADER) as journal:
         journal.append(
-            Segment(number=1, differences=("cpu",), machine={"cpu": "Y"}, identity={"engine": "e"}, space=({"name": "p"},))
+            Segment(
+                number=1, differences=("cpu",), machine={"cpu": "Y"}, identity={"engine": "e"}, space=({"name": "p"},)
+            )
         )
     study = read(folder)
     assert (study.segment, study.machine, study.identity) == (1, {"cpu": "Y"}, {"engine": "e"})

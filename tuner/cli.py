@@ -358,11 +358,10 @@ def report(
             return
         from tuner import export
 
-        header = found.facts()
         if csv is not None:
-            export.to_csv(header, found.history, csv)
+            export.to_csv(found, csv)
         if json is not None:
-            export.to_json(header, found.history, json)
+            export.to_json(found, json)
 
 
 @app.command()

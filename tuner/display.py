@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Protocol, TextIO
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType, RenderResult
 from rich.live import Live
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.rule import Rule
 from rich.table import Table
@@ -36,7 +37,6 @@ from tuner.summary import (
     changes_text,
     clean,
     differences,
-    effects,
     energy_text,
     joules_text,
     percent_text,
@@ -49,10 +49,10 @@ from tuner.summary import (
     unit,
     where_energy_goes,
 )
-from tuner.trial import Decision, History, Message, Proposal, Trial
+from tuner.trial import Action, Decision, History, Message, Proposal, Trial
 
 REFRESHES_PER_SECOND = 2
-"""The view runs beside the measurement: each drawing costs about a millisecond of the same CPU."""
+"""The view runs beside the measurement: each drawing costs 2 to 3 ms of the same CPU, 0.5 % of it in all."""
 
 WIDE = 110
 """Columns from which a trial's label and noise mark stand on its own line."""
@@ -77,8 +77,8 @@ class Check(Protocol):
     @property
     def reason(self) -> str: ...
     @property
-    def remedy(self) -> str | None:
-        """The command that mends it."""
+    def remedy(self) -> str:
+        """The command that mends it, one a line; empty when nothing has to be mended."""
 
 
 @dataclass
@@ -95,10 +95,31 @@ class _Running:
     phase_started: float = 0.0
 
 
-_PLAIN = str.maketrans({"±": "+/-", "×": "x", "µ": "u", "…": "...", "▁": "_", "▂": "_", "▃": ".", "▄": "-", "▅": "-"}) | (
-    str.maketrans({"▆": "=", "▇": "=", "█": "#"})
-)
+_PLAIN = str.maketrans(
+    {"±": "+/-", "×": "x", "µ": "u", "…": "...", "▁": "_", "▂": "_", "▃": ".", "▄": "-", "▅": "-"}
+) | (str.maketrans({"▆": "=", "▇": "=", "█": "#"}))
 """For terminals and files that are not UTF-8."""
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """`a 1 -> 2, b 3 -> 4`, wrapped between changes and never inside one."""
+
+    changes: tuple[Text, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        line = Text()
+        for i, change in enumerate(self.changes):
+            item = change + Text("," if i + 1 < len(self.changes) else "")
+            if line and line.cell_len + 1 + item.cell_len > options.max_width:
+                yield line
+                line = Text()
+            line = Text(" ").join([line, item]) if line else item
+        yield line
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        widths = [change.cell_len + 1 for change in self.changes]
+        return Measurement(max(widths, default=0), sum(widths) + len(widths)).with_maximum(options.max_width)
 
 
 class Screen:
@@ -116,9 +137,7 @@ class Screen:
         """`live` left out: where standard error is a terminal that can move its cursor."""
         self._stdout = stdout or Console(highlight=False)
         self._stderr = stderr or Console(stderr=True, highlight=False)
-        self._live_wanted = (
-            self._stderr.is_terminal and not self._stderr.is_dumb_terminal if live is None else live
-        )
+        self._live_wanted = self._stderr.is_terminal and not self._stderr.is_dumb_terminal if live is None else live
         self._stdin = stdin
         self._clock = clock
         self._live: Live | None = None
@@ -146,9 +165,10 @@ class Screen:
             if value:
                 grid.add_row(self._text(name), self._text(value))
         self._stderr.print(grid)
+        self._stderr.print()
 
     def messages(self, messages: Sequence[Message]) -> None:
-        """A prompt on standard output, exactly as it would be sent, each turn under its role where there are several."""
+        """A prompt on standard output, as it would be sent; each turn under its role where there are several."""
         for message in messages:
             if len(messages) > 1:
                 self._stdout.file.write(f"--- {message.role} ---\n")
@@ -158,9 +178,18 @@ class Screen:
     def _text(self, text: str, style: str = "", *, lines: bool = False) -> Text:
         """The only way of text onto the screen."""
         safe = clean(text, lines=lines)
-        if not self._stderr.encoding.lower().startswith("utf"):
+        if self._ascii:
             safe = safe.translate(_PLAIN).encode("ascii", "replace").decode()
         return Text(safe, style=style)
+
+    @property
+    def _ascii(self) -> bool:
+        return self._stderr.options.ascii_only
+
+    def _rule(self, title: str = "") -> Rule:
+        # An untitled rule does not fall back to ASCII of itself (rich 15).
+        characters = "-" if self._ascii else "─"
+        return Rule(self._text(title, "bold"), characters=characters, style="dim", align="left")
 
     # --- while it runs ---
 
@@ -171,7 +200,7 @@ class Screen:
         past = history or History()
         self._running = _Running(name, trials_planned, threshold, past, self._clock(), len(past))
         self._running.phase_started = self._clock()
-        for trial in past.trials if past.trials else ():
+        for trial in past.trials:
             self._trial_line(trial, past)
         self._start_live()
 
@@ -194,7 +223,9 @@ class Screen:
             self._running.phase_started = self._clock()
         self._trial_line(trial, history)
         for doubt in doubts:
-            self._below(f"trial {trial.number}: " if not self._live_wanted else "", f"! {doubt}", "yellow")
+            self._below(trial, f"! {doubt}")
+        if self._live is not None:
+            self._live.refresh()
 
     def confirming(self, pair: int, pairs: int) -> None:
         """The search is over; default and best are measured again."""
@@ -253,8 +284,8 @@ class Screen:
         )
         lines = [first, self._standing(running), self._spent(history)]
         for line in lines:
-            line.no_wrap, line.overflow = True, "ellipsis"
-        return Group(Rule(style="dim"), *lines)
+            line.no_wrap, line.overflow = True, "crop" if self._ascii else "ellipsis"
+        return Group(self._rule(), *lines)
 
     def _standing(self, running: _Running) -> Text:
         """Best so far against default and threshold."""
@@ -270,7 +301,7 @@ class Screen:
                 line.append(f" (trial {best.number}, the default)")
             elif ratio:
                 noise = ", within noise" if ratio.within_noise else ""
-                line.append(f" (trial {best.number}, {ratio_text(ratio.ratio)} the default{noise})")
+                line.append(f" (trial {best.number}, {ratio_text(ratio.ratio)}{noise})")
         limit = running.threshold.joules_per_unit(history) if running.threshold else None
         if limit is not None:
             line.append("  threshold ", "dim")
@@ -304,37 +335,480 @@ class Screen:
             self._stderr.print(self._row([Text(h, "dim") for h in head]))
         default = history.default
         number, source = self._text(str(trial.number)), self._text(source_text(trial))
-        changes = self._text(_changes(trial, history) or "(the default)")
+        changes = self._changes(_changes(trial, history))
         if trial.joules_per_unit is None:
             self._stderr.print(self._row([number, source, changes, Text("failed", "bold red"), Text()]))
-            self._below("", trial.error or "no window counted", "red")
+            self._below(trial, trial.error or "no window counted")
             return
-        energy = self._text(f"{joules_text(trial.joules_per_unit)} {spread_text(trial)}", "bold" if trial is history.best else "")
+        energy = self._text(
+            f"{joules_text(trial.joules_per_unit)} {spread_text(trial)}", "bold" if trial is history.best else ""
+        )
         if quality_text(trial) != self._heading:
             energy.append(f" {quality_text(trial) or 'measured'}")
-        self._stderr.print(self._row([number, source, changes, energy, self._ratio(trial, default)]))
+        self._stderr.print(self._row([number, source, changes, energy, self._ratio(trial, default, self._stderr)]))
 
-    def _ratio(self, trial: Trial, default: Trial | None) -> Text:
+    def _changes(self, text: str) -> _Changes:
+        return _Changes(tuple(self._text(change) for change in (text or "(the default)").split(", ")))
+
+    def _ratio(self, trial: Trial, default: Trial | None, console: Console) -> Text:
         ratio = against(trial, default) if default and trial is not default else None
         if ratio is None:
             return Text()
         if ratio.within_noise:
-            return Text(f"{ratio_text(ratio.ratio)} within noise")
+            return Text(f"{ratio_text(ratio.ratio)}{' ' if console.width >= WIDE else chr(10)}within noise")
         return Text(ratio_text(ratio.ratio), "green" if ratio.ratio < 1 else "")
 
-    def _row(self, cells: Sequence[Text]) -> Table:
+    def _row(self, cells: Sequence[RenderableType]) -> Table:
         """One line of a table whose columns keep their width from one print to the next."""
         grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
-        grid.add_column(width=3, justify="right")
-        grid.add_column(width=13)
-        grid.add_column(ratio=1)
-        grid.add_column(width=19)
-        grid.add_column(width=18 if self._stderr.width >= WIDE else 6)
+        for width, justify in _trial_columns(self._stderr):
+            grid.add_column(width=width, ratio=None if width else 1, justify=justify)
         grid.add_row(*cells)
         return grid
 
-    def _below(self, plain_prefix: str, text: str, style: str) -> None:
+    def _below(self, trial: Trial, text: str) -> None:
+        """What belongs to a trial's line: indented under it, or a line of its own that names the trial."""
         if self._live_wanted:
-            self._stderr.print(Padding(self._text(text, style), (0, 0, 0, 5)))
+            self._stderr.print(Padding(self._text(text), (0, 0, 0, 5)))
         else:
-            self.say(plain_prefix + text)
+            self.say(f"trial {trial.number}: {text}")
+
+    # --- the person ---
+
+    def offer_without_llm(self) -> Callable[[], str] | None:
+        """A question to ask where no LLM is configured: `paste` or `rules`. None where nobody can be asked."""
+        if not (self._input.isatty() and self._stderr.is_terminal):
+            return None
+        return self._ask_without_llm
+
+    def _ask_without_llm(self) -> str:
+        self.say("No LLM is configured (no --llm, and no key in OPENAI_API_KEY or ANTHROPIC_API_KEY).")
+        self.say("  p  paste: you carry each prompt to a chat of yours, and its answer back")
+        self.say("  r  rules: the built-in adviser proposes; it is not an LLM")
+        while True:
+            answer = self._ask("[p]aste or [r]ules > ")
+            if answer is None:
+                raise Refused("nobody answered; choose with --llm paste or --proposer rules")
+            if (chosen := answer.lower()) and ("paste".startswith(chosen) or "rules".startswith(chosen)):
+                return "paste" if chosen[0] == "p" else "rules"
+            self.say("p or r, please")
+
+    def ask_paste(self, prompt: str) -> str:
+        """Show a prompt for the person to carry to their chat, and read the answer; empty when there is none."""
+        with self.paused():
+            self._stderr.print(self._rule("prompt"))
+            self._stderr.print(self._text(prompt, lines=True), soft_wrap=True)
+            self._stderr.print(self._rule())
+            copy = osc52(prompt) if self._stderr.is_terminal else ""
+            if copy:
+                self._stderr.file.write(copy)
+                self._stderr.file.flush()
+            copied = "It is on your clipboard, where your terminal allows that. " if copy else ""
+            self.say(
+                f"{copied}Give the prompt to your chat, paste its answer here, end with a line that holds only {END}"
+            )
+            self._forget_typed_ahead()
+            return pasted(self._lines())
+
+    def decide(self, space: SearchSpace, history: History, proposal: Proposal, trial_seconds: float | None) -> Decision:
+        """Show a proposal and ask what to do with it. The end of the input means stop."""
+        with self.paused():
+            self._show_proposal(space, history, proposal, trial_seconds)
+            while True:
+                line = self._ask("[a]ccept [e]dit [r]eject re[m]ark [f]orbid [b]atch [s]top [?] > ")
+                if line is None:
+                    self.say("end of input: stopping")
+                    return _decision("stop", history, proposal, remark="end of input")
+                key, _, rest = line.partition(" ")
+                answer = self._answer(key.lower(), rest.strip(), space, history, proposal)
+                if answer is not None:
+                    return answer
+
+    def _answer(self, key: str, rest: str, space: SearchSpace, history: History, proposal: Proposal) -> Decision | None:
+        """The decision that `key` stands for; None to ask again."""
+        match key:
+            case "a" | "accept":
+                return _decision("accept", history, proposal)
+            case "e" | "edit":
+                return self._edit(rest, space, history, proposal)
+            case "r" | "reject":
+                remark = rest or self._ask("why? It goes into the next prompt (Enter for no reason) > ")
+                return None if remark is None else _decision("reject", history, proposal, remark=remark)
+            case "m" | "remark":
+                remark = rest or self._ask("remark for the next prompt > ")
+                if remark:
+                    self.say("noted for the next prompt")
+                    return _decision("remark", history, proposal, remark=remark)
+                self.say("nothing noted")
+            case "f" | "forbid":
+                return self._forbid(rest, space, history, proposal)
+            case "b" | "batch":
+                self.say("from here on every proposal runs without asking; Ctrl-C stops")
+                return _decision("batch", history, proposal)
+            case "s" | "stop":
+                return _decision("stop", history, proposal)
+            case "?" | "help" | "h":
+                self._help()
+            case _:
+                self.say(
+                    f"{key}: no such key; ? shows what each one does"
+                    if key
+                    else "a key, please; ? shows what each one does"
+                )
+        return None
+
+    def _help(self) -> None:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="bold", no_wrap=True)
+        grid.add_column()
+        for key, meaning in _KEYS:
+            grid.add_row(self._text(key), self._text(meaning))
+        self._stderr.print(grid)
+
+    def _edit(self, text: str, space: SearchSpace, history: History, proposal: Proposal) -> Decision | None:
+        """Change values until they fit together."""
+        config = dict(proposal.config)
+        if not text:
+            self.say("NAME=VALUE, several with blanks between them; Enter alone when done, q to leave it as it was")
+        while True:
+            line = text or self._ask("change > ")
+            if line is None or line == "q":
+                self.say("left as proposed")
+                return None
+            finished = bool(text) or not line
+            text = ""
+            try:
+                config |= _assignments(space, line)
+                config = space.check(config) if finished else config
+            except Refused as fault:
+                self.warn(str(fault))
+                continue
+            changed = differences(space, config, proposal.config)
+            if not finished:
+                self.say(f"now: {changed or 'as proposed'}")
+                continue
+            if not changed:
+                self.say("nothing changed")
+                return None
+            if known := history.find(config):
+                self.say(f"note: this is trial {known.number} again ({energy_text(known)})")
+            self.say(f"edited: {changed}")
+            edited = replace(
+                proposal,
+                config=config,
+                source="human",
+                reason=f"edited by the person: {changed}",
+                predicted_joules_per_unit=None,
+                in_place_of=proposal.source,
+            )
+            return _decision("edit", history, edited)
+
+    def _forbid(self, text: str, space: SearchSpace, history: History, proposal: Proposal) -> Decision | None:
+        """A value that may not come again. A name alone means the value that is proposed."""
+        line = text or self._ask("forbid NAME=VALUE (or NAME: its proposed value) > ")
+        if not line:
+            self.say("nothing forbidden")
+            return None
+        name, given, value_text = (part.strip() for part in line.partition("="))
+        try:
+            parameter = space[name]
+            value = parameter.parse(value_text) if given else proposal.config[name]
+            earlier = {d.value for d in history.decisions if d.action == "forbid" and d.parameter == name}
+            if len(earlier | {value}) >= parameter.size:
+                raise Refused(f"{name}={show(value)}: nothing would be left of it; keep at least one value")
+        except Refused as fault:
+            self.warn(str(fault))
+            return None
+        self.say(f"{name}={show(value)} is forbidden for the rest of this study")
+        return replace(_decision("forbid", history, proposal), parameter=name, value=value)
+
+    def _show_proposal(
+        self, space: SearchSpace, history: History, proposal: Proposal, trial_seconds: float | None
+    ) -> None:
+        who = proposal.source if proposal.in_place_of is None else f"{proposal.source} for {proposal.in_place_of}"
+        self._stderr.print()
+        self._stderr.print(self._rule(f"trial {len(history)}, proposed by {who}"))
+        best, default = history.best, space.default()
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
+        table.add_column("parameter", overflow="fold")
+        for heading in ("default", f"best so far (trial {best.number})" if best else "best so far", "proposed"):
+            table.add_column(heading, overflow="fold")
+        table.add_column("change", overflow="fold")
+        for name in space.names:
+            own, proposed = default[name], proposal.config[name]
+            held = best.config.get(name) if best else None
+            changed = proposed != own
+            change = (
+                f"* {show(own)} -> {show(proposed)}"
+                if changed
+                else "back to default"
+                if held not in (None, own)
+                else ""
+            )
+            style = "bold" if change else "dim"
+            table.add_row(
+                self._text(name, style),
+                self._text(show(own), "dim"),
+                self._text(show(held), "" if held not in (None, own) else "dim"),
+                self._text(show(proposed), style),
+                self._text(change, style),
+            )
+        self._stderr.print(table)
+        facts = Table.grid(padding=(0, 2))
+        facts.add_column(style="dim", no_wrap=True)
+        facts.add_column(overflow="fold")
+        if proposal.reason:
+            facts.add_row("reason", self._text(proposal.reason))
+        facts.add_row("predicted", self._text(_prediction(history, proposal)))
+        if best:
+            facts.add_row("best so far", self._text(energy_text(best)))
+        facts.add_row("costs", self._text(f"about {seconds_text(trial_seconds)}" if trial_seconds else "not known yet"))
+        self._stderr.print()
+        self._stderr.print(facts)
+        self._stderr.print()
+
+    # --- input ---
+
+    @property
+    def _input(self) -> TextIO:
+        return self._stdin or sys.stdin
+
+    def _lines(self) -> Iterator[str]:
+        while True:
+            try:
+                line = self._input.readline()
+            except UnicodeDecodeError:
+                self.say("that was not UTF-8 text; once more, please")
+                continue
+            if not line:
+                return
+            yield line
+
+    def _ask(self, question: str) -> str | None:
+        """One line of a person's, without control characters; None at the end of the input."""
+        self._forget_typed_ahead()
+        self._stderr.print(self._text(question), end=" ", soft_wrap=True)
+        self._stderr.file.flush()
+        line = next(self._lines(), None)
+        if line is None or not self._input.isatty():
+            self._stderr.print()
+        return None if line is None else clean(line)
+
+    def _forget_typed_ahead(self) -> None:
+        """Keys pressed while something else was on the screen are no answer to this question."""
+        if self._input.isatty():
+            import termios
+
+            with contextlib.suppress(termios.error, OSError):
+                termios.tcflush(self._input.fileno(), termios.TCIFLUSH)
+
+    # --- results, on standard output ---
+
+    def summary(
+        self,
+        *,
+        end: End,
+        history: History,
+        space: SearchSpace,
+        used: tuple[int, int | None, int | None],
+        command: str | None,
+        verdict: str,
+        folder: Path,
+    ) -> None:
+        """The end of a run: the best configuration against the default, what it took, and how to launch it."""
+        self._stop_live()
+        best, default = history.best, history.default
+        prompts, read, written = used
+        rows = [("stopped", end.reason)]
+        if default:
+            rows.append(("default", energy_text(default)))
+        if best and best is not default:
+            ratio = against(best, default) if default else None
+            noise = " (within noise)" if ratio and ratio.within_noise else ""
+            beside = f", {ratio_text(ratio.ratio)} the default{noise}" if ratio else ""
+            rows.append(("best", f"{energy_text(best)}{beside}, trial {best.number} by {source_text(best)}"))
+            rows.append(("changes", differences(space, best.config, space.default()) or "none"))
+        failed = f", {len(history.failed)} of them failed" if history.failed else ""
+        rows.append(("trials", f"{len(history.current)}{failed}"))
+        if prompts:
+            tokens = (
+                f", {_count(read)} tokens in and {_count(written)} out"
+                if read is not None or written is not None
+                else ""
+            )
+            rows.append(("prompts", f"{prompts}{tokens}"))
+        else:
+            rows.append(("prompts", "none: no LLM took part"))
+        rows.append(("study", str(folder)))
+        self._stdout.print()
+        self._facts(rows)
+        if command:
+            self._stdout.print()
+            self._stdout.print(Text("launch it with", "dim"))
+            self._stdout.print(Text("  ") + self._text(command, lines=True), soft_wrap=True)
+        self._stdout.print()
+        self._stdout.print(self._text(verdict, "bold"), soft_wrap=not self._stdout.is_terminal)
+
+    def report(self, study: Study) -> None:
+        """A whole study as a table, with what is to be doubted and what each parameter seems to do."""
+        header, history = study.header, study.history
+        self._facts(
+            [
+                ("study", str(study.folder)),
+                ("workload", header.workload),
+                ("proposer", f"{header.llm}, template {header.template}" if header.llm else header.proposer),
+                ("meter", header.meter_sentence),
+                ("machine", ", ".join(f"{k} {v}" for k, v in study.machine.items())),
+                ("engine", ", ".join(f"{k} {v}" for k, v in study.identity.items())),
+            ]
+        )
+        for segment in sorted({t.segment for t in history.trials}):
+            part = replace(history, trials=tuple(t for t in history.trials if t.segment == segment))
+            self._stdout.print()
+            if study.segments:
+                self._stdout.print(Text(f"segment {segment}: not compared with the others", "bold"))
+            self._stdout.print(self.trials_table(part, study.space))
+            for trial in part.trials:
+                for said in [trial.error] if trial.error else doubts_of(trial, part):
+                    self._stdout.print(Padding(self._text(f"trial {trial.number}: {said}"), (0, 0, 0, 2)))
+        if history.best:
+            self._stdout.print()
+            self._stdout.print(Text("where time and energy go (best)", "bold"))
+            self._facts(list(where_energy_goes(history.best).items()))
+        if study.ends:
+            self._stdout.print()
+            self._facts([("stopped", study.ends[-1].reason)])
+
+    def trials_table(self, history: History, space_record: Sequence[Mapping[str, object]]) -> Table:
+        """Every trial in the order it ran. `space_record` is the space as the journal keeps it."""
+        default: Config = {str(p["name"]): value for p in space_record if isinstance(value := p.get("default"), Value)}
+        label = next((quality_text(t) for t in history.measured), "")
+        measured_unit = next((unit(t) for t in history.measured), "token")
+        headings = (
+            "#",
+            "proposed by",
+            "changes from the default",
+            f"J/{measured_unit}{label and f', {label}'}",
+            "ratio",
+        )
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim", expand=True)
+        for heading, (width, justify) in zip(headings, _trial_columns(self._stdout), strict=True):
+            table.add_column(heading, width=width, ratio=None if width else 1, justify=justify, overflow="fold")
+        table.add_column("doubts", width=6, justify="right")
+        for trial in history.trials:
+            measured = trial.joules_per_unit is not None
+            energy = f"{joules_text(trial.joules_per_unit)} {spread_text(trial)}" if measured else "failed"
+            if measured and quality_text(trial) != label:
+                energy += f" {quality_text(trial) or 'measured'}"
+            count = len(doubts_of(trial, history))
+            table.add_row(
+                str(trial.number),
+                self._text(source_text(trial)),
+                self._changes(changes_text(trial.config, default, trial.config)),
+                self._text(energy, "red" if not measured else "bold" if trial is history.best else ""),
+                self._ratio(trial, history.default, self._stdout),
+                str(count) if count else "",
+            )
+        return table
+
+    def doctor(self, checks: Sequence[Check]) -> None:
+        """What can be measured here, and the command that mends what cannot."""
+        styles = {"ok": "green", "missing": "red", "warning": "yellow"}
+        for check in checks:
+            mark = self._text(check.state, styles.get(check.state, ""))
+            mark.pad_right(9 - len(mark))
+            self._stdout.print(mark + self._text(check.name, "bold"))
+            self._stdout.print(Padding(self._text(check.reason), (0, 0, 0, 9)))
+            for command in clean(check.remedy, lines=True).splitlines():
+                # Not wrapped, so that it can be copied whole.
+                self._stdout.print(Text(" " * 9 + "$ ") + self._text(command, "bold"), soft_wrap=True)
+
+    def _facts(self, rows: Sequence[tuple[str, str]]) -> None:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, value in rows:
+            if value:
+                grid.add_row(self._text(name), self._text(value))
+        self._stdout.print(grid)
+
+
+def _trial_columns(console: Console) -> list[tuple[int | None, JustifyMethod]]:
+    """Widths of the columns that lines about trials share; None takes what is left."""
+    wide = console.width >= WIDE
+    return [
+        (2, "right"),
+        (13 if wide else 9, "left"),
+        (None, "left"),
+        (24 if wide else 16, "left"),
+        (18 if wide else 12, "left"),
+    ]
+
+
+_KEYS = (
+    ("a", "accept: run it as proposed"),
+    ("e NAME=VALUE ...", "edit: change values, then run it"),
+    ("r REASON", "reject: another proposal is asked for, and the reason goes into that prompt"),
+    ("m TEXT", "remark: goes into the next prompt; this proposal stays"),
+    ("f NAME=VALUE", "forbid: this value may not come again in this study"),
+    ("b", "batch: run this one and all that follow without asking"),
+    ("s", "stop: end the study here; `tune run --resume` goes on with it"),
+)
+
+
+def _decision(action: Action, history: History, proposal: Proposal, remark: str = "") -> Decision:
+    return Decision(action=action, before_trial=len(history), proposal=proposal, remark=remark)
+
+
+def _assignments(space: SearchSpace, line: str) -> Config:
+    """`parallel=8 threads=2` (commas do too), each value checked for itself; `Refused` names every fault at once."""
+    found: Config = {}
+    faults = []
+    for part in line.replace(",", " ").split():
+        name, equals, value = part.partition("=")
+        try:
+            if not equals:
+                raise Refused(f"{part}: expected NAME=VALUE")
+            found[name] = space[name].parse(value)
+        except Refused as fault:
+            faults.append(str(fault))
+    if faults:
+        raise Refused("; ".join(faults))
+    return found
+
+
+def _prediction(history: History, proposal: Proposal) -> str:
+    predicted, default = proposal.predicted_joules_per_unit, history.default
+    if predicted is None:
+        return "none was given"
+    beside = (
+        f" ({ratio_text(predicted / default.joules_per_unit)} the default)"
+        if default and default.joules_per_unit
+        else ""
+    )
+    return f"{joules_text(predicted)}/{unit(default) if default else 'token'}{beside}"
+
+
+def _changes(trial: Trial, history: History) -> str:
+    first = next((t for t in history.trials if t.segment == trial.segment and t.proposal.source == "default"), None)
+    return (
+        changes_text(trial.config, first.config, trial.config)
+        if first
+        else changes_text(trial.config, {}, trial.config)
+    )
+
+
+def _sentence(trial: Trial, history: History) -> str:
+    """A trial as one plain line."""
+    what = _changes(trial, history) or "the default"
+    if trial.joules_per_unit is None:
+        return f"trial {trial.number} ({source_text(trial)}): {what}: failed: {trial.error or 'no window counted'}"
+    ratio = against(trial, history.default) if history.default and trial is not history.default else None
+    beside = ""
+    if ratio:
+        beside = f", {ratio_text(ratio.ratio)} the default" + (" (within noise)" if ratio.within_noise else "")
+    return f"trial {trial.number} ({source_text(trial)}): {what}: {energy_text(trial)}{beside}"
+
+
+def _count(tokens: int | None) -> str:
+    return "?" if tokens is None else f"{tokens:,}".replace(",", " ")

@@ -16,7 +16,7 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -82,7 +82,7 @@ def _meter(availability: Availability) -> Check:
 # --- the second opinion ----------------------------------------------------------------------
 
 
-def second_opinion(seconds: float = 1.0, python: Sequence[str] = (sys.executable,)) -> Check:
+def second_opinion(seconds: float = 1.0) -> Check:
     """Read the packages with our reader and with pyRAPL at the same moments, `seconds` apart."""
     from tuner.meters.rapl import RaplMeter
 
@@ -90,7 +90,7 @@ def second_opinion(seconds: float = 1.0, python: Sequence[str] = (sys.executable
     try:
         with (
             contextlib.closing(RaplMeter()) as meter,
-            contextlib.closing(_SecondReader(python)) as other,
+            contextlib.closing(_SecondReader()) as other,
         ):
             packages = [domain for domain in meter.domains() if domain.startswith("cpu")]
             theirs, ours = other.joules(), meter.read()
@@ -126,11 +126,11 @@ class _NoSecondReader(Exception):
 class _SecondReader:
     """pyRAPL in a process of its own. Raises `_NoSecondReader`."""
 
-    def __init__(self, python: Sequence[str]) -> None:
+    def __init__(self) -> None:
         if importlib.util.find_spec("pyRAPL") is None:
             raise _NoSecondReader("it is not installed", "pip install pyRAPL")
         self._process = subprocess.Popen(
-            [*python, "-W", "ignore", "-c", SECOND_READER],
+            [sys.executable, "-W", "ignore", "-c", SECOND_READER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -153,12 +153,15 @@ class _SecondReader:
             raise _NoSecondReader(self._last_words())
         values = json.loads(line)
         if not values or min(values) < 0:
-            raise _NoSecondReader(f"it reads {values} for the packages, where -1 means none")
+            raise _NoSecondReader(f"it reads {values}, where -1 stands for a package without a counter")
         return [value / 1e6 for value in values]
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+        try:
+            self._process.communicate(timeout=1.0)  # closes its input, at which it ends
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
 
     def _last_words(self) -> str:
         _, errors = self._process.communicate()

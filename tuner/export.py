@@ -14,11 +14,12 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from tuner.journal import Study
 from tuner.space import Refused
 from tuner.summary import clean
-from tuner.trial import Energy, History, Measurement, Trial
+from tuner.trial import Energy, Measurement, Trial
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]  # its stubs are a package of their own
@@ -28,28 +29,26 @@ Cell = str | float | int | bool | None
 FORMULA_STARTS = ("=", "+", "-", "@")
 """A spreadsheet runs a cell that begins so (OWASP, CSV Injection)."""
 
-COUNTS = frozenset(
-    "trial segment window units prompt_tokens peak_memory_bytes prompts llm_input_tokens llm_output_tokens".split()
-)
-"""Columns of whole numbers, so that a gap among them does not turn 3 into 3.0."""
 
+def rows(study: Study) -> Iterator[dict[str, Cell]]:
+    """One mapping a measurement: the search in the order it happened, then the pairs that confirm it.
 
-def rows(header: Mapping[str, object], history: History) -> Iterator[dict[str, Cell]]:
-    """One mapping a measurement, in the order they happened; a trial without any gives one row.
-
-    All rows have the same keys. `header` is the study's header as plain values; used of it are `name`,
-    `machine`, `identity`, and `segments` where a forced resume changed the latter two.
+    A trial without any measurement gives one row. All rows have the same keys.
     """
-    parameters = _union(t.config for t in history.trials)
-    effective = _union(t.effective for t in history.trials)
-    domains = _union(m.energy for t in history.trials for m in t.measurements)
-    facts = {segment: _facts(header, segment) for segment in {t.segment for t in history.trials}}
-    fact_names = _union(facts[t.segment] for t in history.trials)
-    for trial in history.trials:
-        windows = list(enumerate(trial.measurements, start=1)) or [(None, None)]
-        for number, window in windows:
+    runs = [_Run("search", None, t) for t in study.history.trials]
+    runs += [_Run("confirm", p.number, t) for p in study.pairs for t in (p.default, p.best)]
+    parameters = _union(run.trial.config for run in runs)
+    effective = _union(run.trial.effective for run in runs)
+    domains = _union(m.energy for run in runs for m in run.trial.measurements)
+    facts = {segment: _facts(study, segment) for segment in {run.trial.segment for run in runs}}
+    fact_names = _union(facts[run.trial.segment] for run in runs)
+    for stage, pair, trial in runs:
+        windows: list[tuple[int | None, Measurement | None]] = [*enumerate(trial.measurements, start=1)]
+        for number, window in windows or [(None, None)]:
             yield {
-                "study": _text(header.get("name")),
+                "study": _text(study.header.name),
+                "stage": stage,
+                "pair": pair,
                 "trial": trial.number,
                 "segment": trial.segment,
                 "source": _text(trial.proposal.source),
@@ -70,17 +69,18 @@ def rows(header: Mapping[str, object], history: History) -> Iterator[dict[str, C
             }
 
 
-def frame(header: Mapping[str, object], history: History) -> pd.DataFrame:
+class _Run(NamedTuple):
+    stage: str
+    pair: int | None
+    trial: Trial
+
+
+def frame(study: Study) -> pd.DataFrame:
     """The table of `rows`, with nullable columns: what is missing is `pandas.NA`."""
-    import pandas as pd
-
-    table = list(rows(header, history))
-    names = list(table[0]) if table else []
-    columns = {name: [row[name] for row in table] for name in names}
-    return pd.DataFrame({name: pd.array(cells, dtype=_dtype(name, cells)) for name, cells in columns.items()})
+    return _table(rows(study))
 
 
-def to_csv(header: Mapping[str, object], history: History, destination: Path | str) -> None:
+def to_csv(study: Study, destination: Path | str) -> None:
     """Write the table as CSV to a file, or to standard output for `-`.
 
     Text that came from outside never starts a formula: such a cell gets a `'` in front.
@@ -88,20 +88,17 @@ def to_csv(header: Mapping[str, object], history: History, destination: Path | s
     Raises:
         Refused: the file cannot be written; what was there before is untouched.
     """
-    table = frame(header, history)
-    for name in table.columns:
-        if table[name].dtype == object and not name.startswith(("param_", "effective_")):
-            table[name] = [_no_formula(cell) for cell in table[name]]
-    _write(destination, table.to_csv(index=False, lineterminator="\n"))
+    safe = ({name: _no_formula(name, cell) for name, cell in row.items()} for row in rows(study))
+    _write(destination, _table(safe).to_csv(index=False, lineterminator="\n"))
 
 
-def to_json(header: Mapping[str, object], history: History, destination: Path | str) -> None:
-    """Write `{"study": ..., "measurements": [...]}` as strict JSON to a file, or to standard output for `-`.
+def to_json(study: Study, destination: Path | str) -> None:
+    """Write `{"study": NAME, "measurements": [ROW, ...]}` as strict JSON to a file, or to standard output for `-`.
 
     Raises:
         Refused: the file cannot be written; what was there before is untouched.
     """
-    document = {"study": _text(header.get("name")), "measurements": list(rows(header, history))}
+    document = {"study": _text(study.header.name), "measurements": list(rows(study))}
     _write(destination, json.dumps(document, allow_nan=False, ensure_ascii=False, indent=1) + "\n")
 
 
@@ -152,15 +149,12 @@ def _of_proposal(trial: Trial) -> dict[str, Cell]:
     }
 
 
-def _facts(header: Mapping[str, object], segment: int) -> dict[str, Cell]:
+def _facts(study: Study, segment: int) -> dict[str, Cell]:
     """Machine and engine that the trials of `segment` ran on."""
-    segments = header.get("segments")
-    later = [s for s in segments if isinstance(s, Mapping)] if isinstance(segments, list | tuple) else []
-    place = next((s for s in later if s.get("number") == segment), header)
+    place = next((s for s in study.segments if s.number == segment), study.header)
     return {
         f"{kind}_{name}": _text(fact)
-        for kind in ("machine", "identity")
-        if isinstance(facts := place.get(kind), Mapping)
+        for kind, facts in (("machine", place.machine), ("identity", place.identity))
         for name, fact in facts.items()
     }
 
@@ -179,19 +173,27 @@ def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _no_formula(cell: object) -> object:
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell
+def _no_formula(name: str, cell: Cell) -> Cell:
+    """Values of parameters come from the search space, not from outside, and stay what they are."""
+    outside = isinstance(cell, str) and not name.startswith(("param_", "effective_"))
+    return f"'{cell}" if outside and str(cell).startswith(FORMULA_STARTS) else cell
 
 
-def _dtype(name: str, cells: Sequence[Cell]) -> str:
-    if name in COUNTS:
-        return "Int64"
+def _table(records: Iterable[Mapping[str, Cell]]) -> pd.DataFrame:
+    import pandas as pd
+
+    table = list(records)
+    columns = {name: [row[name] for row in table] for name in (table[0] if table else ())}
+    return pd.DataFrame({name: pd.array(cells, dtype=_dtype(cells)) for name, cells in columns.items()})
+
+
+def _dtype(cells: Sequence[Cell]) -> str:
     kinds = {type(cell) for cell in cells if cell is not None}
     if kinds == {bool}:
         return "boolean"
     if kinds == {int}:
-        return "Int64"
-    return "Float64" if kinds and kinds <= {int, float} else "object"
+        return "Int64"  # nullable, so that a gap does not turn 3 into 3.0
+    return "Float64" if kinds == {float} else "object"
 
 
 # --- the file --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ things: search until a goal is met, confirm the best against the default, say wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from tuner.assemble import Bench, open_proposer
@@ -64,7 +64,7 @@ class Session:
             ("engine", f"{bench.identity.get('engine', '')} {bench.identity.get('engine_version', '')}".strip()),
             ("model", self._model()),
             ("load", f"{load.prompts} requests x ({load.prompt_tokens} prompt + {load.output_tokens} output) tokens"),
-            ("meter", bench.meters.sentence),
+            ("meter", bench.meters.sentence.removeprefix("meter: ")),
             ("proposer", proposer if header.llm else f"{proposer} (no LLM)"),
             ("goal", self._goal_text()),
             ("study", str(self.journal.folder)),
@@ -78,7 +78,7 @@ class Session:
 
     def _model(self) -> str:
         describe = getattr(self.bench.runner, "describe", None)
-        return str(describe(self.header.target)) if describe else self.bench.identity.get("model", "")
+        return str(describe(self.header.target)).removeprefix("model: ") if describe else self.bench.identity.get("model", "")
 
     def _goal_text(self) -> str:
         parts = [f"{self.header.threshold} or less"] if self.header.threshold else ["the least energy"]
@@ -171,7 +171,7 @@ class Session:
             end=end,
             history=history,
             space=self.bench.space,
-            usage=usage(history),
+            used=astuple(usage(history)),
             command=self.bench.runner.command(best.config, self.header.target) if best else None,
             verdict=found,
             folder=self.journal.folder,

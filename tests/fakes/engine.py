@@ -17,11 +17,12 @@ MODES = ("ok", "raise", "segv", "kill", "abort", "hang", "hang-loading", "exit",
 def space(target):
     if target.size == "refused":
         raise Refused("size 'refused': expected a size that works")
+    modes = MODES if target.size == "wild" else ("ok",)
     return SearchSpace(
         (
             Int(name="cost", meaning="Milliseconds of CPU that one pass burns.", default=20, low=1, high=64, log=True),
             Int(name="batch", meaning="Requests handled together.", default=2, low=1, high=8),
-            Choice(name="mode", meaning="How the engine behaves.", default="ok", values=MODES, effect="numerics"),
+            Choice(name="mode", meaning="How the engine behaves.", default="ok", values=modes, effect="numerics"),
         ),
         (Constraint("batch <= cost", lambda c: c["batch"] <= c["cost"]),),
     )

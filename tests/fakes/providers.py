@@ -23,7 +23,6 @@ import json
 import socket
 import struct
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -88,6 +87,8 @@ class Provider:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
+        self.closed = threading.Event()
+        """Ends delays: no request outlives its test."""
         self._next = 0
         provider = self
 
@@ -106,6 +107,7 @@ class Provider:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.closed.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -144,10 +146,13 @@ class _Handler(BaseHTTPRequestHandler):
         raw = self.rfile.read(int(self.headers.get("content-length", 0)))
         request = Request(self.path, {k.lower(): v for k, v in self.headers.items()}, json.loads(raw))
         step = self.provider.take(request)
-        time.sleep(step.delay)
+        self.provider.closed.wait(step.delay)
         if step.drop:
             # SO_LINGER with 0 s: the peer sees a reset, not an orderly end.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            # The reader holds the socket open, too.
+            self.rfile.close()
             self.connection.close()
             return
         if step.body is not None:
@@ -182,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
             for byte in data:
                 self.wfile.write(bytes([byte]))
                 self.wfile.flush()
-                time.sleep(step.trickle)
+                self.provider.closed.wait(step.trickle)
         else:
             self.wfile.write(data)
 

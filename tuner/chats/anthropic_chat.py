@@ -20,6 +20,8 @@ from tuner.chats import KEYS, TIMEOUT_SECONDS
 from tuner.chats.remote import PLACEHOLDER_KEY, RemoteChat, Sdk, connect_seconds, count
 from tuner.trial import Message, Reply
 
+_ADDRESS = "https://api.anthropic.com"
+
 _MAX_TOKENS = 16_000
 """The API wants a limit. The answer takes a few hundred tokens; the rest is room for thinking, which counts too."""
 
@@ -39,19 +41,24 @@ class AnthropicChat(RemoteChat):
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """No key: a placeholder is sent, for a local server."""
+        # This SDK adds /v1 by itself, and other providers' addresses end with it.
+        address = (base_url or _ADDRESS).rstrip("/").removesuffix("/v1")
+
+        def connect() -> anthropic.Anthropic:
+            return anthropic.Anthropic(
+                api_key=key or PLACEHOLDER_KEY,
+                base_url=address,
+                max_retries=0,
+                # A redirect would carry the key to an address that nobody named.
+                http_client=anthropic.DefaultHttpxClient(follow_redirects=False),
+            )
+
         self._model = model
-        self._client = anthropic.Anthropic(
-            api_key=key or PLACEHOLDER_KEY,
-            # This SDK adds /v1 by itself, and other providers' addresses end with it.
-            base_url=base_url.rstrip("/").removesuffix("/v1") if base_url else None,
-            max_retries=0,
-            # A redirect would carry the key to an address that nobody named.
-            http_client=anthropic.DefaultHttpxClient(follow_redirects=False),
-        )
+        self._connect = connect
         super().__init__(
             f"anthropic:{model}",
             sdk=cast("Sdk", anthropic),
-            address=f"{str(self._client.base_url).rstrip('/')}/v1",
+            address=f"{address}/v1",
             variable=KEYS["anthropic"],
             key=key,
             timeout_seconds=timeout_seconds,
@@ -63,17 +70,19 @@ class AnthropicChat(RemoteChat):
     def _send(self, messages: Sequence[Message], schema: Mapping[str, object] | None, seconds: float) -> bytes:
         system = "\n\n".join(m.content for m in messages if m.role == "system")
         turns = [{"role": m.role, "content": m.content} for m in messages if m.role != "system"]
-        answer = self._client.messages.with_raw_response.create(
-            model=self._model,
-            max_tokens=_MAX_TOKENS,
-            messages=cast("list[anthropic.types.MessageParam]", turns),
-            system=system or anthropic.omit,
-            output_config={"format": {"type": "json_schema", "schema": dict(schema)}}
-            if schema is not None
-            else anthropic.omit,
-            timeout=anthropic.Timeout(seconds, connect=connect_seconds(seconds)),
-        )
-        return answer.http_response.content
+        # A client for each request: a trial lies between two of them, and the server would have hung up.
+        with self._connect() as client:
+            answer = client.messages.with_raw_response.create(
+                model=self._model,
+                max_tokens=_MAX_TOKENS,
+                messages=cast("list[anthropic.types.MessageParam]", turns),
+                system=system or anthropic.omit,
+                output_config={"format": {"type": "json_schema", "schema": dict(schema)}}
+                if schema is not None
+                else anthropic.omit,
+                timeout=anthropic.Timeout(seconds, connect=connect_seconds(seconds)),
+            )
+            return answer.http_response.content
 
     def _read(self, body: Mapping[str, object]) -> Reply | None:
         match body:

@@ -19,6 +19,8 @@ from tuner.chats import KEYS, TIMEOUT_SECONDS
 from tuner.chats.remote import PLACEHOLDER_KEY, RemoteChat, Sdk, connect_seconds, count
 from tuner.trial import Message, Reply
 
+_ADDRESS = "https://api.openai.com/v1"
+
 
 class OpenAIChat(RemoteChat):
     """`openai:MODEL`, at OpenAI or at `base_url` (Ollama, vLLM, llama.cpp, LM Studio, OpenRouter)."""
@@ -35,18 +37,23 @@ class OpenAIChat(RemoteChat):
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """No key: a placeholder is sent, for a local server."""
+        address = base_url or _ADDRESS
+
+        def connect() -> openai.OpenAI:
+            return openai.OpenAI(
+                api_key=key or PLACEHOLDER_KEY,
+                base_url=address,
+                max_retries=0,
+                # A redirect would carry the key to an address that nobody named.
+                http_client=openai.DefaultHttpxClient(follow_redirects=False),
+            )
+
         self._model = model
-        self._client = openai.OpenAI(
-            api_key=key or PLACEHOLDER_KEY,
-            base_url=base_url,
-            max_retries=0,
-            # A redirect would carry the key to an address that nobody named.
-            http_client=openai.DefaultHttpxClient(follow_redirects=False),
-        )
+        self._connect = connect
         super().__init__(
             f"openai:{model}",
             sdk=cast("Sdk", openai),
-            address=str(self._client.base_url),
+            address=address,
             variable=KEYS["openai"],
             key=key,
             timeout_seconds=timeout_seconds,
@@ -61,15 +68,17 @@ class OpenAIChat(RemoteChat):
             "type": "json_schema",
             "json_schema": {"name": "answer", "strict": True, "schema": schema},
         }
-        answer = self._client.chat.completions.with_raw_response.create(
-            model=self._model,
-            messages=cast("list[openai.types.chat.ChatCompletionMessageParam]", turns),
-            response_format=cast("openai.types.chat.completion_create_params.ResponseFormat", form)
-            if schema is not None
-            else openai.omit,
-            timeout=openai.Timeout(seconds, connect=connect_seconds(seconds)),
-        )
-        return answer.http_response.content
+        # A client for each request: a trial lies between two of them, and the server would have hung up.
+        with self._connect() as client:
+            answer = client.chat.completions.with_raw_response.create(
+                model=self._model,
+                messages=cast("list[openai.types.chat.ChatCompletionMessageParam]", turns),
+                response_format=cast("openai.types.chat.completion_create_params.ResponseFormat", form)
+                if schema is not None
+                else openai.omit,
+                timeout=openai.Timeout(seconds, connect=connect_seconds(seconds)),
+            )
+            return answer.http_response.content
 
     def _read(self, body: Mapping[str, object]) -> Reply | None:
         match body:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import psutil  # type: ignore[import-untyped]  # psutil ships no type information
 
-from tuner.meters import Availability, MeterOptions, Unavailable
+from tuner.meters import Availability, MeterOptions
 from tuner.space import Lever
 from tuner.trial import MeterError, Quality, Reading
 
@@ -91,9 +91,14 @@ def probe(options: MeterOptions) -> Availability:
     """Available wherever processes may be looked at."""
     try:
         EstimateMeter(options).close()
-    except (MeterError, Unavailable) as error:
+    except MeterError as error:
         return Availability(
-            "estimate", ok=False, domains=(), quality="estimated", reason=str(error), remedy="ls -ld /proc/self"
+            "estimate",
+            ok=False,
+            domains=(),
+            quality="estimated",
+            reason=str(error),
+            remedy="ls /proc/self/stat /sys/devices/system/cpu",
         )
     return Availability(
         "estimate", ok=True, domains=(DOMAIN,), quality="estimated", reason=str(_model(options)), remedy=""
@@ -103,7 +108,7 @@ def probe(options: MeterOptions) -> Availability:
 def _model(options: MeterOptions) -> PowerModel:
     logical_cpus = os.cpu_count()
     if logical_cpus is None:
-        raise Unavailable("the number of CPUs is unknown", "nproc --all")
+        raise MeterError("the number of CPUs is unknown")
     return PowerModel.of(options, logical_cpus)
 
 

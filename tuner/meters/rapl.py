@@ -67,6 +67,11 @@ class Zone:
     """More than this, averaged between two reads, is no reading."""
 
     @property
+    def socket(self) -> str:
+        """The domain without its die: `cpu0` for `cpu0_die1`."""
+        return self.domain.partition("_die")[0]
+
+    @property
     def poll_seconds(self) -> float:
         """Four reads or more within the shortest time in which the counter can wrap."""
         return min(SLOWEST_POLL_SECONDS, 0.25 * self.shortest_wrap_seconds)
@@ -114,7 +119,7 @@ def discover(folder: Path) -> tuple[Zone, ...]:
         raise Unavailable(f"{folder} cannot be listed: {error.strerror}", f"ls -l {folder}") from error
     if not any(domain.startswith("cpu") for domain in found):
         raise Unavailable(*_why_absent(folder))
-    zones = []
+    zones: list[tuple[Zone, int]] = []
     for domain, path in found.items():
         try:
             now = _counter(path / "energy_uj")
@@ -125,7 +130,7 @@ def discover(folder: Path) -> tuple[Zone, ...]:
         # Some CPUs without a memory counter list one that never leaves 0; a real one never is there again.
         if now == 0 and domain.startswith("dram"):
             continue
-        zones.append(Zone(domain, path, _range(path), _limit_watts(path)))
+        zones.append((Zone(domain, path, _range(path), _limit_watts(path)), now))
     return _without_mirrors(zones)
 
 
@@ -135,8 +140,7 @@ def _zone_folders(folder: Path) -> list[Path]:
     waiting = [folder]
     while waiting:
         for entry in sorted(waiting.pop().iterdir()):
-            path = entry.resolve()
-            if _FOLDER.fullmatch(entry.name) and path not in found and path.is_dir():
+            if _FOLDER.fullmatch(entry.name) and entry.is_dir() and (path := entry.resolve()) not in found:
                 found[path] = None
                 waiting.append(path)
     # The control types themselves (`intel-rapl`) are folders without a number and no zones.
@@ -161,7 +165,7 @@ def _select(folders: Iterable[Path]) -> dict[str, Path]:
     return dict(sorted(chosen.items(), key=lambda item: (item[0].startswith("dram"), _numbers(item[0]))))
 
 
-def _without_mirrors(zones: Sequence[Zone]) -> tuple[Zone, ...]:
+def _without_mirrors(zones: Sequence[tuple[Zone, int]]) -> tuple[Zone, ...]:
     """Leave out dies that show the counter of another die of their package.
 
     Some CPUs have one counter for the socket and show it at every die; adding them would multiply the
@@ -169,11 +173,8 @@ def _without_mirrors(zones: Sequence[Zone]) -> tuple[Zone, ...]:
     one millionth are one counter (the rule of codecarbon 3.3.2, `rapl.py`).
     """
     kept: list[tuple[Zone, int]] = []
-    for zone in zones:
-        now = zone.microjoules()
-        socket = zone.domain.partition("_die")[0]
-        same = (k for k, then in kept if k.domain.partition("_die")[0] == socket and _equal(now, then))
-        if next(same, None) is None:
+    for zone, now in zones:
+        if not any(other.socket == zone.socket and _equal(now, then) for other, then in kept):
             kept.append((zone, now))
     return tuple(zone for zone, _ in kept)
 
@@ -231,12 +232,12 @@ def _why_absent(folder: Path) -> tuple[str, str]:
     container, virtual_machine = machine.container(), machine.virtual_machine()
     if virtual_machine:
         return (
-            f"{what} (a virtual machine, {virtual_machine}, has no energy counters)",
+            f"{what}: a virtual machine ({virtual_machine}) has no energy counters",
             "tune run --cpu-watts LOW..HIGH  # narrows the estimate; only the host can measure",
         )
     if container:
         return (
-            f"{what} ({container} hides it)",
+            f"{what}: {container} hides it",
             f"docker run -v /sys/devices/virtual/powercap:/powercap:ro -e {ROOT_VARIABLE}=/powercap ...",
         )
     return what, "sudo modprobe intel_rapl_msr  # also for AMD; Linux 5.8 or newer"
@@ -245,13 +246,14 @@ def _why_absent(folder: Path) -> tuple[str, str]:
 def _why_locked(folder: Path, zone: Path) -> tuple[str, str]:
     # The kernel made the counters readable by root alone because they leak secrets through their exact
     # course (PLATYPUS, CVE-2020-8694), so the remedy says whom each command lets in.
-    pattern = f"{folder}/*/energy_uj"
-    return (
-        f"{zone / 'energy_uj'} is readable by root only, as on every Linux since 5.10",
-        f"sudo chmod a+r {pattern}  # until the next boot; all local users may read it (PLATYPUS, CVE-2020-8694)\n"
+    pattern = f"{folder if (folder / zone.name).exists() else ROOT}/*/energy_uj"
+    until_boot = f"sudo chmod a+r {pattern}  # until the next boot; every local user may then read it (PLATYPUS)"
+    for_good = (
         f'echo "z {pattern} 0440 root $(id -gn)" | sudo tee /etc/tmpfiles.d/tune-rapl.conf'
-        " && sudo systemd-tmpfiles --create tune-rapl.conf  # for good, and for your group only",
+        " && sudo systemd-tmpfiles --create tune-rapl.conf  # for good, and for your group only"
     )
+    reason = f"{zone / 'energy_uj'} is readable by root only, as on every Linux since 5.10 (CVE-2020-8694)"
+    return reason, f"{until_boot}\n{for_good}"
 
 
 # --- reading them ----------------------------------------------------------------------------
@@ -274,14 +276,14 @@ class Counter:
         Raises:
             MeterError: when the step cannot be trusted. Nothing is added, and the next step starts here.
         """
+        domain, limit = self.zone.domain, self.zone.limit_watts
+        if microjoules > self.zone.range_microjoules:
+            raise MeterError(f"{domain}: the counter reads {microjoules} uJ, above its range")
         elapsed, step = at - self._at, microjoules - self._last
         self._last, self._at = microjoules, at
-        domain, limit = self.zone.domain, self.zone.limit_watts
         wrapped = step < 0
         if wrapped:
             step += self.zone.range_microjoules + 1
-        if microjoules > self.zone.range_microjoules:
-            raise MeterError(f"{domain}: the counter reads {microjoules} uJ, above its range")
         if elapsed > self.zone.shortest_wrap_seconds:
             raise MeterError(f"{domain}: {elapsed:.0f} s passed between two reads, the counter may have wrapped twice")
         if step > 1e6 * limit * (elapsed + JITTER_SECONDS):

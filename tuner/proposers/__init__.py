@@ -51,6 +51,5 @@ def open_classical(name: str, seed: int) -> Proposer:
             from tuner.proposers.optuna_samplers import OptunaSampler
 
             return OptunaSampler(name, seed)
-    raise Refused(
-        f"no proposer called {excerpt(name)}{closest(name, CLASSICAL)} (those without a chat are {', '.join(CLASSICAL)})"
-    )
+    choices = ", ".join(CLASSICAL)
+    raise Refused(f"no proposer called {excerpt(name)}{closest(name, CLASSICAL)} (those without a chat are {choices})")

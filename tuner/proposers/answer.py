@@ -35,6 +35,9 @@ _MOST_CHANGES = 64
 _LONGEST_REASON = 4000
 """Characters. The reason is shown to a person and goes into the next prompt."""
 
+_MOST_DIGITS = 300
+"""Of an integer: about what a float holds."""
+
 _DEEPEST = 16
 """Levels of braces and brackets. The form has 2; `json` would run out of stack near 1000."""
 
@@ -172,7 +175,7 @@ def _answers(text: str, unit: Unit) -> list[dict[str, object]]:
                 if "changes" in value:
                     found.append(value)
                     continue
-                what = f"the JSON object has no `changes`, only {_listed(value) or 'nothing'}"
+                what = f"the JSON object has no `changes` ({f'it has {_listed(value)}' if value else 'it is empty'})"
             if looks_right:
                 fault = fault or what
             else:
@@ -246,13 +249,15 @@ def _parse(candidate: str) -> dict[str, object]:
 
     try:
         value = json.loads(
-            "".join(parts), strict=False, object_pairs_hook=unique, parse_constant=_refuse_number, parse_float=_finite
+            "".join(parts),
+            strict=False,
+            object_pairs_hook=unique,
+            parse_constant=_refuse_number,
+            parse_float=_finite,
+            parse_int=_whole,
         )
     except json.JSONDecodeError as error:
         raise _Unreadable(f"{error.msg.lower()} at character {error.pos + 1}") from None
-    except ValueError as error:
-        # An integer of more digits than Python converts.
-        raise _Unreadable(str(error)) from None
     if twice:
         raise _Unreadable(f"it names {_listed(dict.fromkeys(twice))} twice")
     assert isinstance(value, dict), "it starts with a brace"
@@ -261,6 +266,13 @@ def _parse(candidate: str) -> dict[str, object]:
 
 def _refuse_number(text: str) -> float:
     raise _Unreadable(f"{text} is no number")
+
+
+def _whole(text: str) -> int:
+    # Python itself refuses to convert from 4300 digits on, with a sentence about its own settings.
+    if len(text) > _MOST_DIGITS:
+        raise _Unreadable(f"{text[:30]}... is too long for a number")
+    return int(text)
 
 
 def _finite(text: str) -> float:

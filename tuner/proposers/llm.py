@@ -239,6 +239,7 @@ class View:
         ranked = sorted(history.measured, key=lambda t: (t.joules_per_unit or 0.0, t.number))
         return {
             "trials": len(history.current),
+            "prompts": len(summary.exchanges(replace(history, trials=history.current))),
             "default": self._row(space, default, default) if default else None,
             "best": self._row(space, best, default) if best else None,
             "last": self._row(space, history.current[-1], default) if history.current else None,
@@ -264,6 +265,7 @@ class View:
             "config": {name: show(trial.config[name]) for name in space.names if name in trial.config},
             "changes": summary.differences(space, trial.config, space.default()),
             "joules_per_unit": trial.joules_per_unit,
+            "bounds": trial.joules_per_unit_bounds if trial.quality == "estimated" else None,
             "relative_sd": trial.relative_sd,
             "windows": len(trial.valid),
             "ratio_to_default": ratio.ratio if ratio else None,

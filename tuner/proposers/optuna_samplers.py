@@ -49,7 +49,7 @@ class OptunaSampler:
         untried = Untried.of(space, history)
         if not space.free:
             return instead_of(self.name, "nothing is free to tune", space, history, self.seed)
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # it reports each study and trial on stderr
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # it reports each study on stderr
         told = _told(space, history)
         distributions = {p.name: _distribution(p, self._name) for p in space.free}
         study = self._study(distributions, space, history, told)

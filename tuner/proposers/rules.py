@@ -21,7 +21,7 @@ from itertools import combinations
 
 from tuner.proposers.random import instead_of
 from tuner.proposers.untried import Untried, inside
-from tuner.space import Choice, Config, Parameter, SearchSpace, Value, show
+from tuner.space import Choice, Config, Float, Int, Parameter, SearchSpace, Value, show
 from tuner.trial import History, Proposal
 
 # --- what an expert knows --------------------------------------------------------------------
@@ -46,7 +46,7 @@ def at_least(number: float) -> Target:
 
 
 def share(fraction: float) -> Target:
-    """This share of the high end of the range."""
+    """Part of the high end of the range."""
 
     def target(parameter: Parameter) -> Value | None:
         top = parameter.at(_HIGH_END)
@@ -155,6 +155,8 @@ ADVICE: Mapping[str, Advice] = {
 # Expected savings in ln(joules per unit) before there is evidence: what orders untested changes among
 # themselves and against tested ones. A direction that saved more than 15 % is followed before all of them.
 _USUAL, _DOUBTFUL, _UNKNOWN, _AGAINST = 0.08, 0.05, 0.04, 0.02
+_NOISE = 0.01
+"""Trials that differ by less than this say that the parameter hardly matters."""
 _FAILED = -1.0
 """A change that made a trial fail ranks as if it had cost 170 %."""
 
@@ -174,14 +176,24 @@ class Seen:
 
 @dataclass(frozen=True)
 class Effect:
-    """What one value in place of another did, as far as two trials can tell."""
+    """What a change of one value did, as far as two trials can tell."""
 
     old: Value
     new: Value
     saving: float
-    """ln(energy before) - ln(energy after): 0.1 is a saving of 10 %."""
+    """ln(energy before) - ln(energy after): 0.1 is a saving of 10 %, negative is a loss."""
     changed: int
     """In how many parameters the two trials differ; they share the saving equally."""
+
+    def __str__(self) -> str:
+        others = f" with {self.changed - 1} other changes" if self.changed > 1 else ""
+        if self.saving <= _FAILED:
+            result = "failed"
+        elif self.saving > 0:
+            result = f"saved {-math.expm1(-self.saving):.1%}"
+        else:
+            result = f"cost {math.expm1(-self.saving):.1%}"
+        return f"{show(self.old)} -> {show(self.new)}{others} {result}"
 
 
 def seen_trials(space: SearchSpace, history: History) -> list[Seen]:
@@ -194,25 +206,25 @@ def seen_trials(space: SearchSpace, history: History) -> list[Seen]:
 
 
 def effects(space: SearchSpace, seen: Sequence[Seen]) -> dict[str, list[Effect]]:
-    """What the trials tell about each parameter, pair by pair.
+    """What the trials tell about each parameter, from each earlier trial to each later one.
 
-    Two trials that differ in one parameter speak for both directions. Those that differ in several
-    speak only for the change that saved: which of several changes cost energy cannot be told.
+    Trials that differ in several parameters are compared only with the best before them, which they
+    were most likely made from, and only when they saved: which of several changes cost energy cannot
+    be told, and the others must not be blamed.
     """
     found: dict[str, list[Effect]] = {p.name: [] for p in space.free}
-    for pair in combinations(seen, 2):
-        # From the dearer to the cheaper; a failed trial is the dearest.
-        worse, better = sorted(pair, key=lambda s: -(math.inf if s.log_energy is None else s.log_energy))
-        if better.log_energy is None:
-            continue
-        names = [name for name in found if worse.config[name] != better.config[name]]
-        saving = -_FAILED if worse.log_energy is None else worse.log_energy - better.log_energy
-        for name in names:
-            old, new = worse.config[name], better.config[name]
-            if worse.log_energy is not None:
-                found[name].append(Effect(old, new, saving / len(names), len(names)))
-            if len(names) == 1:
-                found[name].append(Effect(new, old, -saving, 1))
+    best = math.inf
+    for place, after in enumerate(seen):
+        for before in seen[:place]:
+            if before.log_energy is None:
+                continue
+            saving = _FAILED if after.log_energy is None else before.log_energy - after.log_energy
+            names = [name for name in found if before.config[name] != after.config[name]]
+            if len(names) == 1 or (before.log_energy == best and saving > 0):
+                for name in names:
+                    effect = Effect(before.config[name], after.config[name], saving / len(names), len(names))
+                    found[name].append(effect)
+        best = best if after.log_energy is None else min(best, after.log_energy)
     return found
 
 
@@ -311,65 +323,133 @@ def _steps(
     """All single changes of `base`; of two that promise the same, the bolder one first."""
     for parameter in _by_expectation(space):
         old = base[parameter.name]
-        advised = ADVICE[parameter.name].target(parameter) if parameter.name in ADVICE else None
-        values = {v: None for v in (advised, *parameter.neighbours(old)) if v is not None and v != old}
-        values |= dict.fromkeys(_between(parameter, old, [s.config[parameter.name] for s in seen]))
+        values = set(
+            _values_to_try(parameter, old, known[parameter.name], [s.config[parameter.name] for s in seen])
+        ) - {old}
         here = parameter.position(old)
-        for value in sorted(values, key=lambda v: -abs(parameter.position(v) - here)):
+        for value in sorted(values, key=lambda v: (-abs(parameter.position(v) - here), -parameter.position(v))):
             promise, why = _promise(parameter, old, value, known[parameter.name])
             yield Move({parameter.name: value}, why, promise)
 
 
-def _between(parameter: Parameter, old: Value, tried: Sequence[Value]) -> Iterator[Value]:
-    """Half the way to the next value that was tried, below and above, or to the end of the range."""
+def _values_to_try(
+    parameter: Parameter, old: Value, known: Sequence[Effect], tried: Sequence[Value]
+) -> Iterator[Value]:
+    """The advised value and the natural steps; on a range also further the way that paid off, and between."""
+    if parameter.name in ADVICE and (advised := ADVICE[parameter.name].target(parameter)) is not None:
+        yield advised
     if isinstance(parameter, Choice):
+        yield from parameter.neighbours(old)
         return
+    number = float(old)
+    numbers = [*map(float, parameter.neighbours(old))]
+    numbers += [_further(parameter, float(e.old), number) for e in known if e.new == old and e.saving > 0]
+    ends = (float(parameter.at(0.0)), float(parameter.at(_HIGH_END)))
+    for side, end in zip((-1, 1), ends, strict=True):
+        if bounds := [float(v) for v in tried if (float(v) - number) * side > 0]:
+            numbers.append(_between(parameter, number, min(bounds, key=lambda v: abs(v - number))))
+        elif not any((n - number) * side > 1 for n in numbers):
+            numbers.append(end)
     here = parameter.position(old)
-    others = [parameter.position(v) for v in tried if v != old]
-    below = max((u for u in others if u < here), default=0.0)
-    above = min((u for u in others if u > here), default=_HIGH_END)
-    for there in (below, above):
-        middle = parameter.at((here + there) / 2)
-        if middle != old:
-            yield middle
+    for value in (_nearest(parameter, n) for n in numbers):
+        if abs(parameter.position(value) - here) >= _SMALLEST_STEP:
+            yield value
+
+
+def _further(parameter: Parameter, old: float, new: float) -> float:
+    """Twice the step from `old` to `new`, once more from `new`."""
+    return new * (new / old) ** 2 if _is_log(parameter) else new + 2 * (new - old)
+
+
+def _between(parameter: Parameter, one: float, other: float) -> float:
+    return math.sqrt(one * other) if _is_log(parameter) else (one + other) / 2
+
+
+def _is_log(parameter: Parameter) -> bool:
+    return isinstance(parameter, Int | Float) and parameter.log
+
+
+_SMALLEST_STEP = 0.04
+"""A fiftieth of a range: what a smaller step does is lost in the noise of the measurement."""
 
 
 def _promise(parameter: Parameter, old: Value, new: Value, known: Sequence[Effect]) -> tuple[float, str]:
-    """The expected saving of a change, and why it is expected."""
-    alike = [e for e in known if _same_way(parameter, (e.old, e.new), (old, new))]
-    if alike:
-        middle = _middle(parameter, old, new)
-        effect = min(alike, key=lambda e: (e.changed, abs(_middle(parameter, e.old, e.new) - middle)))
-        others = "" if effect.changed == 1 else f" together with {effect.changed - 1} other changes"
-        way = f"{show(effect.old)} -> {show(effect.new)}{others}"
-        if effect.saving <= _FAILED:
-            return effect.saving, f"{way} failed, but everything that promised more was tried"
+    """The expected saving of a change, and why it is expected: the trials first, then the table."""
+    if isinstance(parameter, Choice) and not parameter.ordered:
+        found = _from_effects_of_values(old, new, known)
+    else:
+        found = _from_effects_on_a_scale(parameter, old, new, known)
+    return found or _from_advice(parameter, old, new)
+
+
+def _from_effects_of_values(old: Value, new: Value, known: Sequence[Effect]) -> tuple[float, str] | None:
+    """What the trials say about one value in place of another, where the values have no order."""
+    for effect in sorted(known, key=lambda e: (e.changed, e.old != old)):
+        if effect.new == new:
+            return (effect.saving, str(effect)) if effect.saving > 0 else (effect.saving, f"{effect}{_LATE}")
+        if effect.old == new and effect.saving > 0:
+            return -effect.saving, f"{effect}{_LATE}"
+    return None
+
+
+def _from_effects_on_a_scale(
+    parameter: Parameter, old: Value, new: Value, known: Sequence[Effect]
+) -> tuple[float, str] | None:
+    """What the nearest known change says about this one.
+
+    Constants are judgements, not measurements: returns diminish, so the next step the same way is
+    worth half of the last one; the other way from a loss is worth a quarter of it; between two tried
+    values lies an eighth of what they differ in, and less off the middle.
+    """
+    at = parameter.position
+    start, end = at(old), at(new)
+
+    def distance(effect: Effect) -> float:
+        # An effect elsewhere on the scale says less, and one that k changes share counts as k times as far.
+        apart = abs(at(effect.old) + at(effect.new) - start - end) / 2
+        return effect.changed * (0.05 + apart + (0.0 if old in (effect.old, effect.new) else 0.2))
+
+    if not known:
+        return None
+    effect = min(reversed(known), key=distance)
+    if abs(effect.saving) < _NOISE:
+        return -_NOISE, f"{effect}, which is next to nothing{_LATE}"
+    low, high = sorted((at(effect.old), at(effect.new)))
+    if low < end < high and start in (low, high):
+        share_of_way = abs(end - start) / (high - low)
+        return min(_UNKNOWN, abs(effect.saving) / 8) * (
+            1 - abs(2 * share_of_way - 1)
+        ), f"{effect}, and the best may lie between"
+    if (at(effect.new) - at(effect.old)) * (end - start) > 0:
         if effect.saving <= 0:
-            return effect.saving, f"{way} cost {math.expm1(-effect.saving):.0%}, but what promised more was tried"
-        # Returns diminish: the next step the same way is worth half of the last one.
-        same = (effect.old, effect.new) == (old, new)
-        return effect.saving * (1.0 if same else 0.5), f"{way} saved {-math.expm1(-effect.saving):.0%}"
+            return effect.saving, f"{effect}{_LATE}"
+        return effect.saving * (1.0 if (effect.old, effect.new) == (old, new) else 0.5), str(effect)
+    if effect.saving > 0:
+        return -effect.saving, f"{effect}{_LATE}"
+    if effect.saving <= _FAILED:
+        return None
+    return min(_USUAL, -effect.saving / 4), f"{effect}, so the other way may save"
+
+
+_LATE = ", but what promised more was tried"
+
+
+def _from_advice(parameter: Parameter, old: Value, new: Value) -> tuple[float, str]:
+    """What the table says about a change on which no trial has a say."""
     advice = ADVICE.get(parameter.name)
     if advice is None:
         return _UNKNOWN, "its effect is unknown"
     target = advice.target(parameter)
-    if target is not None and _same_way(parameter, (old, target), (old, new)):
+    if target is None:
+        return _AGAINST, f"{advice.why}{_LATE}"
+    if new == target:
         return (_USUAL if advice.usual else _DOUBTFUL), advice.why
-    if target is not None and _is_number(target) and not _same_way(parameter, (target, parameter.default), (old, new)):
+    if _is_number(target):
+        here, there, aim = (parameter.position(v) for v in (old, new, target))
+        if (there - here) * (aim - here) > 0:
+            return (_USUAL if advice.usual else _DOUBTFUL), advice.why
         return _UNKNOWN, f"its effect beyond {show(target)} is unknown"
-    return _AGAINST, "the usual advice speaks against it, but what promised more was tried"
-
-
-def _same_way(parameter: Parameter, one: tuple[Value, Value], other: tuple[Value, Value]) -> bool:
-    """Whether two changes go in the same direction; on an unordered scale, whether they end in the same value."""
-    if isinstance(parameter, Choice) and not parameter.ordered:
-        return one[1] == other[1]
-    ways = [parameter.position(new) - parameter.position(old) for old, new in (one, other)]
-    return ways[0] * ways[1] > 0
-
-
-def _middle(parameter: Parameter, old: Value, new: Value) -> float:
-    return (parameter.position(old) + parameter.position(new)) / 2
+    return _AGAINST, f"{show(target)} is usually better{_LATE}"
 
 
 def _mended(space: SearchSpace, base: Config, move: Move) -> Move:

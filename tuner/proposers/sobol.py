@@ -43,7 +43,7 @@ def _points(dimensions: int, seed: int) -> Iterator[list[float]]:
     if not dimensions:
         yield []
         return
-    from scipy.stats import qmc  # takes 0.75 s to import
+    from scipy.stats import qmc  # type: ignore[import-untyped]  # scipy ships no types; takes 0.75 s to import
 
     sequence = qmc.Sobol(dimensions, scramble=True, seed=seed)
     for block in range(BLOCKS):

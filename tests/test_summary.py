@@ -1,0 +1,362 @@
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from records import SPACE, trial, window
+
+from tuner import summary
+from tuner.summary import NOISE_FLOOR, against, clean, effects, student_t, window_interval
+from tuner.trial import Decision, Energy, Exchange, History, Proposal, Reply
+
+
+def history(*trials):
+    return History(trials=trials)
+
+
+# --- Student's t ---
+
+
+def test_student_t_agrees_with_scipy():
+    from scipy import stats
+
+    for degrees in (*range(1, 40), 99, 100, 1000):
+        for probability in (0.5, 0.9, 0.95, 0.975, 0.995):
+            assert student_t(probability, degrees) == pytest.approx(stats.t.ppf(probability, degrees), abs=1e-9)
+
+
+@pytest.mark.parametrize(("probability", "degrees"), [(0.4, 3), (1.0, 3), (0.975, 0)])
+def test_student_t_refuses_what_has_no_quantile(probability, degrees):
+    with pytest.raises(ValueError, match="expected probability"):
+        student_t(probability, degrees)
+
+
+# --- one trial against another ---
+
+
+def test_the_interval_of_the_mean_is_students_on_logarithms():
+    # By hand: ln(0.9, 1, 1.1) has sd 0.100377, half width 4.30265 * 0.100377 / sqrt(3) = 0.249351.
+    low, high = window_interval(trial(0, joules=(0.9, 1.0, 1.1)))
+    assert (math.log(low), math.log(high)) == pytest.approx((-0.249351, 0.249351), abs=1e-6)
+
+
+@pytest.mark.parametrize("joules", [(), (1.0,)])
+def test_there_is_no_interval_below_two_windows(joules):
+    assert window_interval(trial(0, joules=joules)) is None
+
+
+def test_a_ratio_agrees_with_welch_by_scipy():
+    from scipy import stats
+
+    a, b = (0.50, 0.52, 0.51, 0.49), (1.0, 1.1, 0.95)
+    found = against(trial(1, joules=a), trial(0, joules=b))
+    welch = stats.ttest_ind([math.log(x) for x in a], [math.log(x) for x in b], equal_var=False)
+    degrees = math.floor(welch.df)
+    half = stats.t.ppf(0.975, degrees) * welch._standard_error
+    assert math.log(found.high / found.low) == pytest.approx(2 * half)
+    assert found.ratio == pytest.approx((sum(a) / 4) / (sum(b) / 3))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "within_noise"),
+    [
+        ((0.70, 0.71, 0.69), (1.00, 1.01, 0.99), False),
+        ((0.98, 0.98, 0.98), (1.00, 1.00, 1.00), True),  # below the floor, however well the windows agree
+        ((0.70, 1.20, 0.90), (1.00, 1.40, 0.80), True),  # the interval holds 1
+        ((0.70,), (1.00,), False),  # no interval: the floor alone decides
+        ((1.01,), (1.00,), True),
+    ],
+)
+def test_within_noise_is_what_interval_and_floor_cannot_tell_apart(ours, theirs, within_noise):
+    assert against(trial(1, joules=ours), trial(0, joules=theirs)).within_noise is within_noise
+
+
+def test_one_window_gives_a_ratio_without_an_interval():
+    found = against(trial(1, joules=(0.5,)), trial(0))
+    assert (found.ratio, found.low, found.high) == (pytest.approx(0.5), None, None)
+
+
+@pytest.mark.parametrize("other", [trial(1, error="killed"), trial(1, segment=1), trial(1, joules=(0.0, 0.0))])
+def test_what_cannot_be_compared_has_no_ratio(other):
+    assert against(other, trial(0)) is None
+
+
+# --- effects ---
+
+
+def alone(number, joules, **changes):
+    return trial(number, changes, joules=(joules,))
+
+
+def found_in(*trials):
+    return {(e.parameter, e.value): e for e in effects(SPACE, history(*trials))}
+
+
+def test_two_trials_that_differ_in_one_parameter_give_its_effect():
+    found = found_in(alone(0, 1.0), alone(1, 0.6, parallel=8))
+    assert found["parallel", 8].ratio == pytest.approx(0.6)
+    assert found["parallel", 8].sentence == "parallel 4 -> 8: 0.60x the energy (1 trial)"
+
+
+def test_parameters_that_only_changed_together_have_no_effect_of_their_own():
+    assert found_in(alone(0, 1.0), alone(1, 0.6, parallel=8, threads=1)) == {}
+
+
+def test_a_third_trial_separates_what_changed_together():
+    found = found_in(alone(0, 1.0), alone(1, 0.6, parallel=8, threads=1), alone(2, 1.2, threads=1))
+    assert found["threads", 1].ratio == pytest.approx(1.2)
+    assert found["parallel", 8].ratio == pytest.approx(0.5)
+
+
+def test_effects_come_largest_first_whichever_way_they_point():
+    trials = [alone(0, 1.0), alone(1, 0.9, parallel=8), alone(2, 2.0, threads=1), alone(3, 0.6, flash="on")]
+    assert [e.parameter for e in effects(SPACE, history(*trials))] == ["threads", "flash", "parallel"]
+
+
+def test_a_small_effect_is_said_to_be_none():
+    found = found_in(alone(0, 1.0), alone(1, 1.01, threads=1))
+    assert found["threads", 1].sentence == "threads 2 -> 1: no effect beyond noise (1.01x, 1 trial)"
+
+
+def test_the_scatter_of_repeats_widens_the_noise():
+    noisy = [alone(n, j) for n, j in enumerate((1.0, 1.5, 0.7, 1.3, 0.8))]
+    assert found_in(*noisy, alone(5, 0.8, threads=1))["threads", 1].within_noise
+    calm = [alone(n, j) for n, j in enumerate((1.0, 1.01, 0.99, 1.0, 1.0))]
+    assert not found_in(*calm, alone(5, 0.8, threads=1))["threads", 1].within_noise
+
+
+def test_failed_trials_and_other_segments_have_no_part_in_effects():
+    old = replace(alone(1, 0.1, parallel=8), segment=0)
+    new = [replace(alone(2, 1.0), segment=1), trial(3, {"threads": 1}, error="killed", segment=1)]
+    assert effects(SPACE, history(old, *new)) == []
+
+
+values = st.fixed_dictionaries(
+    {
+        "parallel": st.sampled_from([4, 8, 16]),
+        "threads": st.sampled_from([1, 2, 3]),
+        "flash": st.sampled_from(["auto", "on"]),
+    }
+)
+
+
+@given(st.lists(values, max_size=9))
+def test_on_data_without_noise_every_reported_effect_is_the_true_one(configs):
+    truth = {
+        ("parallel", 8): -0.4,
+        ("parallel", 16): -0.3,
+        ("threads", 1): 0.5,
+        ("threads", 3): 0.1,
+        ("flash", "on"): -0.07,
+    }
+    trials = [alone(n, math.exp(sum(truth.get(i, 0.0) for i in c.items())), **c) for n, c in enumerate(configs)]
+    for effect in effects(SPACE, history(*trials)):
+        assert math.log(effect.ratio) == pytest.approx(truth[effect.parameter, effect.value], abs=1e-9)
+
+
+@given(st.lists(st.tuples(values, st.floats(0.1, 10)), min_size=2, max_size=9))
+def test_an_effect_is_reported_exactly_where_the_rank_says_it_is_determined(runs):
+    import numpy as np
+
+    trials = [alone(n, joules, **config) for n, (config, joules) in enumerate(runs)]
+    names = sorted({(k, v) for t in trials for k, v in t.config.items() if v != SPACE[k].default}, key=str)
+    design = np.array([[1.0, *(float(t.config[k] == v) for k, v in names)] for t in trials])
+    determined = {
+        name
+        for i, name in enumerate(names, start=1)
+        # A coefficient is determined where its unit vector adds nothing to the row space.
+        if np.linalg.matrix_rank(np.vstack([design, np.eye(len(names) + 1)[i]])) == np.linalg.matrix_rank(design)
+    }
+    assert set(found_in(*trials)) == determined
+
+
+# --- where the energy goes ---
+
+
+def test_where_energy_goes_says_shares_power_and_speed():
+    said = summary.where_energy_goes(trial(0, joules=(1.0, 1.0)))
+    assert said == {
+        "prefill": "25 % of the requests' time",
+        "decode": "75 % of the requests' time",
+        "speed": "50.0 tokens/s",
+        "mean power": "50.0 W",
+        "CPU use": "1.50 CPUs busy on average",
+    }
+
+
+def test_where_energy_goes_leaves_out_what_is_not_known():
+    bare = replace(window(1.0), cpu_seconds=None, work=replace(window(1.0).work, prefill_seconds=None))
+    assert set(summary.where_energy_goes(replace(trial(0), measurements=(bare, window(1.0))))) == {
+        "speed",
+        "mean power",
+    }
+    assert summary.where_energy_goes(trial(1, error="killed")) == {}
+
+
+def test_where_energy_goes_splits_domains_and_labels_what_is_not_measured():
+    two = replace(window(1.0, quality="estimated"), energy={"cpu0": Energy(75, 1, 99), "dram0": Energy(25, 1, 99)})
+    two = replace(two, peak_memory_bytes=1_234_000_000)
+    said = summary.where_energy_goes(replace(trial(0), measurements=(two,)))
+    assert said["energy of dram0"] == "25 % of the total (estimated)"
+    assert said["mean power"] == "50.0 W (estimated)"
+    assert said["peak memory"] == "1.23 GB"
+
+
+# --- usage ---
+
+
+def exchange(text, tokens=(10, 3)):
+    return Exchange(prompt=text, reply=Reply(text="", model="m", input_tokens=tokens[0], output_tokens=tokens[1]))
+
+
+def test_usage_counts_prompts_of_proposals_that_were_turned_down_once():
+    first = Proposal(config=SPACE.default(), source="llm", exchanges=(exchange("a"), exchange("b")))
+    second = replace(first, exchanges=(exchange("c"),))
+    lived = History(
+        trials=(trial(0), trial(1, proposal=second)),
+        decisions=(
+            Decision(action="reject", before_trial=1, proposal=first),
+            Decision(action="remark", before_trial=1, proposal=second, remark="x"),
+            Decision(action="accept", before_trial=1, proposal=second),
+        ),
+    )
+    assert [e.prompt for e in summary.exchanges(lived)] == ["a", "b", "c"]
+    assert summary.usage(lived) == summary.Usage(prompts=3, input_tokens=30, output_tokens=9)
+
+
+def test_usage_without_any_count_is_unknown_and_not_zero():
+    pasted = Proposal(config=SPACE.default(), source="llm", exchanges=(exchange("a", (None, None)),))
+    assert summary.usage(history(trial(0, proposal=pasted))) == summary.Usage(1, None, None)
+
+
+def test_a_trial_typically_takes_the_median_of_those_measured():
+    lived = history(trial(0), replace(trial(1), seconds=30.0), replace(trial(2), seconds=12.0), trial(3, error="x"))
+    assert summary.typical_trial_seconds(lived) == 12.0
+    assert summary.typical_trial_seconds(History()) is None
+
+
+# --- saying it ---
+
+
+def test_differences_come_in_the_order_of_the_space_and_only_where_there_are_any():
+    config = {"flash": "on", "threads": 1, "parallel": 4}
+    assert summary.differences(SPACE, config, SPACE.default()) == "threads 2 -> 1, flash auto -> on"
+    assert summary.differences(SPACE, SPACE.default(), SPACE.default()) == ""
+
+
+@pytest.mark.parametrize(
+    ("joules", "text"),
+    [
+        (None, "-"),
+        (0.0, "0 J"),
+        (0.4123, "412 mJ"),
+        (1.2, "1.20 J"),
+        (0.9997, "1.00 J"),  # not 1000 mJ
+        (12.345, "12.3 J"),
+        (1234.5, "1.23 kJ"),
+        (2.5e-7, "250 nJ"),
+        (4.2e-5, "42.0 µJ"),
+        (3e6, "3.00 MJ"),
+        (-0.5, "-500 mJ"),
+    ],
+)
+def test_joules_are_said_with_three_digits_and_a_prefix(joules, text):
+    assert summary.joules_text(joules) == text
+
+
+@given(st.floats(1e-8, 1e11))
+def test_joules_as_said_are_right_to_half_a_percent(joules):
+    number, prefix = re.fullmatch(r"([\d.]+) ([nµmkMG]?)J", summary.joules_text(joules)).groups()
+    scale = {"n": 1e-9, "µ": 1e-6, "m": 1e-3, "": 1, "k": 1e3, "M": 1e6, "G": 1e9}[prefix]
+    assert float(number) * scale == pytest.approx(joules, rel=0.0051)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "-"),
+        (0.04, "0.0 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (7800, "2 h 10 min"),
+    ],
+)
+def test_seconds_are_said_as_a_person_would(seconds, text):
+    assert summary.seconds_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "-"), (0, "0"), (0.12345, "0.123"), (45.67, "45.7"), (1234.5, "1234"), (99.96, "100")]
+)
+def test_numbers_are_said_with_three_digits_and_no_exponent(value, text):
+    assert summary.number_text(value) == text
+
+
+@pytest.mark.parametrize(("share", "text"), [(0.1234, "12 %"), (0.021, "2.1 %"), (0.0996, "10 %")])
+def test_percentages_have_a_decimal_below_ten(share, text):
+    assert summary.percent_text(share) == text
+
+
+@pytest.mark.parametrize(("size", "text"), [(999, "999 B"), (2_500, "2.50 kB"), (812e6, "812 MB")])
+def test_bytes_are_said_in_powers_of_a_thousand(size, text):
+    assert summary.bytes_text(size) == text
+
+
+def test_an_energy_that_is_not_measured_says_so():
+    estimated = replace(trial(0), measurements=tuple(window(j, quality="estimated") for j in (1.0, 1.1)))
+    assert summary.energy_text(estimated) == "1.05 J/token ± 6.7 % estimated"
+    assert summary.energy_text(trial(0, joules=(1.0,))) == "1.00 J/token"
+    assert summary.energy_text(trial(0, error="killed")) == "failed"
+
+
+def test_a_fallback_names_whose_place_it_takes():
+    fallback = Proposal(config=SPACE.default(), source="rules", in_place_of="llm")
+    assert summary.source_text(trial(1, proposal=fallback)) == "rules for llm"
+
+
+def test_the_sparkline_is_high_for_much_energy_and_marks_failures():
+    assert summary.sparkline([alone(0, 1.0), alone(1, 0.5), trial(2, error="x"), alone(3, 0.7)]) == "█▁×▄"
+    assert summary.sparkline([trial(0, error="x")]) == "×"
+
+
+def test_the_sparkline_does_not_blow_up_noise():
+    assert summary.sparkline([alone(0, 1.0), alone(1, 1.0 + NOISE_FLOOR / 10)]) == "▁▁"
+
+
+# --- text from outside ---
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("\x1b[31mred\x1b[0m", "red"),
+        ("\x1b]52;c;c3RvbGVu\x07after", "after"),  # a write to the clipboard
+        ("\x1b]0;title\x1b\\after", "after"),
+        ("\x9b2Jgone", "gone"),
+        ("a\r\nb\tc", "a b c"),
+        ("back\x08space\x7f", "backspace"),
+        ("\u202eabc\u2066", "abc"),
+        ("\x1bPq#0\x1b\\sixel", "sixel"),
+        ("cut \x1b[", "cut"),
+        ("[bold]stays[/bold]", "[bold]stays[/bold]"),
+        ("lone \ud800", "lone"),
+    ],
+)
+def test_text_from_outside_cannot_act_on_a_terminal(text, cleaned):
+    assert clean(text) == cleaned
+
+
+@given(st.text())
+def test_clean_text_has_no_control_characters_and_is_stable(text):
+    cleaned = clean(text, lines=True)
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", cleaned)
+    assert clean(cleaned, lines=True) == cleaned
+    assert "\n" not in clean(text)
+
+
+def test_lines_are_kept_where_they_matter():
+    assert clean("a\n  b", lines=True) == "a\n  b"
