@@ -239,3 +239,12 @@ def test_two_trials_at_once_do_not_disturb_each_other(tmp_path):
     outcome = {t.number: t.error for t in trials}
     assert outcome[0] is None
     assert "SIGSEGV" in outcome[1]
+
+
+def test_the_next_trial_waits_until_the_gpus_memory_is_back(tmp_path, monkeypatch):
+    levels, waited = iter([1 << 30, 9 << 30, 9 << 30, 1 << 30]), []
+    monkeypatch.setattr("tuner.meters.nvml.used_memory_bytes", lambda: next(levels))
+    run = launcher(tmp_path, meters=("nvml",), report=lambda number, phase: waited.append(phase))
+    monkeypatch.setattr(Launcher, "_run", lambda *_: Result(error="stands for an engine on a GPU"))
+    run(0, proposal())
+    assert waited == ["waiting for GPU memory"] * 2

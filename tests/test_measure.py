@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 from fakes.meters import Burner, Script
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from tuner.journal import Plan
 from tuner.measure import Clocks, difference, implausible, measure, together
-from tuner.trial import Energy, Reading, Work
+from tuner.trial import Energy, MeterError, Reading, Work
 
 
 class Clock:
@@ -119,6 +120,21 @@ def test_a_machine_that_slept_makes_the_window_invalid():
 
 def test_an_estimate_of_zero_joules_is_not_called_a_stuck_counter():
     assert implausible({"cpu0": Energy(0.0, 0.0, 0.0)}, 1.0, measured=False) == []
+
+
+def test_cpu_time_that_cannot_be_read_makes_the_window_invalid_and_not_the_trial():
+    clock, faults = Clock(), iter(["children come and go too fast"])
+
+    def cpu_seconds():
+        for fault in faults:
+            raise MeterError(fault)
+        return clock.now
+
+    clocks = replace(clocks_of(clock), cpu_seconds=cpu_seconds)
+    first, second = measure(Engine(clock), Burner(clock), Plan(windows=1, window_seconds=1), clocks, lambda phase: None)
+    assert first.invalid == ("children come and go too fast",)
+    assert first.cpu_seconds is None
+    assert second.valid
 
 
 def test_a_meter_without_a_domain_measures_nothing():

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuner.meters import Unavailable
-from tuner.meters.nvml import FAULTS, Gpu, NvmlMeter, probe, visible
+from tuner.meters.nvml import FAULTS, Gpu, NvmlMeter, boards, probe, used_memory_bytes, visible
 from tuner.trial import MeterError
 
 FAKES = Path(__file__).parent / "fakes"
@@ -323,3 +323,18 @@ def test_no_text_makes_more_of_the_gpus_than_there_are(text):
         return
     assert seen
     assert len(set(seen)) == len(seen) <= 3
+
+
+def test_the_record_says_which_board_each_domain_is(two):
+    assert boards() == {"gpu0": "NVIDIA Fake 100 (GPU-aaaa)", "gpu1": "NVIDIA Fake 100 (GPU-bbbb)"}
+
+
+def test_memory_in_use_is_that_of_all_measured_boards(nvml):
+    nvml.add("GPU-aaaa", used_memory=5 << 30).add("GPU-bbbb", used_memory=1 << 30)
+    assert used_memory_bytes() == 6 << 30
+
+
+@pytest.mark.parametrize("fault", [3, 15])
+def test_memory_that_the_driver_does_not_tell_is_unknown_and_not_0(two, nvml, fault):
+    nvml.fail(0, "nvmlDeviceGetMemoryInfo", fault)
+    assert used_memory_bytes() is None

@@ -137,10 +137,19 @@ def _bench(header: Header, meters: MeterChoice) -> Bench:
         runner=runner,
         space=space,
         meters=meters,
-        machine=machine.describe(),
+        machine={**machine.describe(), **_boards(meters)},
         identity=runner.identity(header.target),
         notes=tuple(notes),
     )
+
+
+def _boards(meters: MeterChoice) -> dict[str, str]:
+    """Which GPU stands behind each domain: part of the record, so that studies of two boards never meet."""
+    if "nvml" not in meters.names:
+        return {}
+    from tuner.meters.nvml import boards
+
+    return boards()
 
 
 def _without_blind(space: SearchSpace, meters: MeterChoice, asked: set[str]) -> tuple[SearchSpace, list[str]]:

@@ -204,13 +204,12 @@ def run(
         choice = choose_proposer(
             proposer=proposer, llm=llm, template=template, offer=None if batch else screen.offer_without_llm()
         )
-        if choice.warning:
-            screen.warn(choice.warning)
         header = replace(header, proposer=choice.proposer, llm=choice.llm, template=choice.template)
         _start(
             screen,
             header,
             results,
+            warning=choice.warning,
             batch=batch,
             meter=meter,
             cpu_watts=cpu_watts,
@@ -239,6 +238,7 @@ def _start(
     header: Header,
     results: Path,
     *,
+    warning: str | None,
     batch: bool,
     meter: str,
     cpu_watts: str | None,
@@ -258,6 +258,8 @@ def _start(
     chat = _open_chat(screen, header)
     _check_proposer(header, bench, chat)
     folder = results_folder(results, header.name)
+    if warning:
+        screen.warn(warning)
     with lock(folder), Journal.create(folder, header) as journal:
         _go(screen, journal, header, bench, chat, batch=batch)
 

@@ -32,6 +32,10 @@ GRACE_SECONDS = 5.0
 TICK_SECONDS = 0.25
 """How often the live view may redraw. The parent runs beside the measurement: it must sleep."""
 
+RELEASE_SECONDS = 30.0
+RELEASE_SLACK_BYTES = 64 << 20
+"""How long, and to within what, GPU memory is waited for after an engine has ended."""
+
 LOG_LINES = 16
 LOG_LINE_LENGTH = 300
 
@@ -57,8 +61,10 @@ class Launcher:
     def __call__(self, number: int, proposal: Proposal) -> Trial:
         started_unix, started = time.time(), time.monotonic()
         log = trial_folder(self.folder, number) / self.log_name
+        used_memory = self._gpu_memory()
         with tempfile.TemporaryDirectory(prefix="tune-") as scratch:
             outcome = self._run(number, proposal, log, Path(scratch))
+        self._wait_for_gpu_memory(number, used_memory)
         failed = outcome.error is not None
         return Trial(
             number=number,
@@ -73,6 +79,23 @@ class Launcher:
             started_unix=started_unix,
             segment=self.segment,
         )
+
+    def _gpu_memory(self) -> int | None:
+        if "nvml" not in self.meters:
+            return None
+        from tuner.meters.nvml import used_memory_bytes
+
+        return used_memory_bytes()
+
+    def _wait_for_gpu_memory(self, number: int, before: int | None) -> None:
+        """A dead process gives its GPU memory back a little later; the next engine must not find it taken."""
+        give_up = time.monotonic() + RELEASE_SECONDS
+        while before is not None and time.monotonic() < give_up:
+            now = self._gpu_memory()
+            if now is None or now <= before + RELEASE_SLACK_BYTES:
+                return
+            self.report(number, "waiting for GPU memory")
+            time.sleep(TICK_SECONDS)
 
     def _run(self, number: int, proposal: Proposal, log: Path, scratch: Path) -> Result:
         job = scratch / "job.json"

@@ -165,7 +165,13 @@ class Study:
             case Pending():
                 return replace(self, pending=event, pending_starts=self.pending_starts + 1)
             case Segment():
-                return replace(self, segments=(*self.segments, event), pending=None, pending_starts=0)
+                return replace(
+                    self,
+                    history=replace(self.history, segment=event.number),
+                    segments=(*self.segments, event),
+                    pending=None,
+                    pending_starts=0,
+                )
             case Pair():
                 return replace(self, pairs=(*self.pairs, event))
             case End():

@@ -74,14 +74,15 @@ def _windows(
 def _window(engine: Engine, meter: Meter, least_seconds: float, clocks: Clocks) -> Measurement:
     faults: list[str] = []
     works: list[Work] = []
+    cpu = _cpu(clocks, faults)
     before = _read(meter, faults)
-    cpu, boot, start = clocks.cpu_seconds(), clocks.boot_seconds(), clocks.seconds()
+    boot, start = clocks.boot_seconds(), clocks.seconds()
     while not works or clocks.seconds() - start < least_seconds:
         works.append(engine.run_pass())
     seconds = clocks.seconds() - start
     slept = clocks.boot_seconds() - boot - seconds
-    cpu_seconds = clocks.cpu_seconds() - cpu
     after = _read(meter, faults)
+    cpu_after = _cpu(clocks, faults)
     if slept > SLEEP_SECONDS:
         faults.append(f"the machine was suspended for {slept:.1f} s inside the window")
     energy = {} if faults else difference(before, after)
@@ -93,7 +94,7 @@ def _window(engine: Engine, meter: Meter, least_seconds: float, clocks: Clocks) 
         energy={} if faults else energy,
         quality=meter.quality,
         meter=meter.name,
-        cpu_seconds=cpu_seconds,
+        cpu_seconds=None if cpu is None or cpu_after is None else cpu_after - cpu,
         peak_memory_bytes=clocks.peak_memory_bytes(),
         invalid=tuple(dict.fromkeys(faults)),
     )
@@ -105,6 +106,14 @@ def _read(meter: Meter, faults: list[str]) -> Mapping[str, Reading]:
     except MeterError as error:
         faults.append(str(error))
         return {}
+
+
+def _cpu(clocks: Clocks, faults: list[str]) -> float | None:
+    try:
+        return clocks.cpu_seconds()
+    except MeterError as error:
+        faults.append(str(error))
+        return None
 
 
 def difference(before: Mapping[str, Reading], after: Mapping[str, Reading]) -> dict[str, Energy]:

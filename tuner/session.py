@@ -78,7 +78,11 @@ class Session:
 
     def _model(self) -> str:
         describe = getattr(self.bench.runner, "describe", None)
-        return str(describe(self.header.target)).removeprefix("model: ") if describe else self.bench.identity.get("model", "")
+        return (
+            str(describe(self.header.target)).removeprefix("model: ")
+            if describe
+            else self.bench.identity.get("model", "")
+        )
 
     def _goal_text(self) -> str:
         parts = [f"{self.header.threshold} or less"] if self.header.threshold else ["the least energy"]

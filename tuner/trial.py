@@ -331,22 +331,21 @@ class History:
 
     trials: tuple[Trial, ...] = ()
     decisions: tuple[Decision, ...] = ()
+    segment: int = 0
+    """The newest segment; it may have no trial yet."""
 
     def __len__(self) -> int:
         return len(self.trials)
 
     def add(self, event: Trial | Decision) -> History:
         if isinstance(event, Trial):
-            return replace(self, trials=(*self.trials, event))
+            return replace(self, trials=(*self.trials, event), segment=event.segment)
         return replace(self, decisions=(*self.decisions, event))
 
     @property
     def current(self) -> tuple[Trial, ...]:
         """The trials of the newest segment: the only ones that may be compared with each other."""
-        if not self.trials:
-            return ()
-        newest = self.trials[-1].segment
-        return tuple(t for t in self.trials if t.segment == newest)
+        return tuple(t for t in self.trials if t.segment == self.segment)
 
     @property
     def measured(self) -> tuple[Trial, ...]:

@@ -156,3 +156,10 @@ def nvmlDeviceGetTotalEnergyConsumption(handle):
     """Millijoules since some moment before this process began."""
     gpu = _gpu(handle, "nvmlDeviceGetTotalEnergyConsumption")
     return int(gpu.get("millijoules", 0) + 1000 * gpu.get("watts", 0) * time.monotonic())
+
+
+def nvmlDeviceGetMemoryInfo(handle):
+    """Bytes, as in version 1 of the real structure."""
+    gpu = _gpu(handle, "nvmlDeviceGetMemoryInfo")
+    used = gpu.get("used_memory", 0)
+    return SimpleNamespace(total=80 << 30, used=used, free=(80 << 30) - used)

@@ -127,6 +127,13 @@ class NvmlMeter:
             raise fault
         return {domain: Reading.exact(total) for domain, total in self._total.items()}
 
+    def used_memory_bytes(self) -> int:
+        """Memory in use on all boards, whoever uses it."""
+        try:
+            return sum(int(self._nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in self._handles.values())
+        except self._nvml.NVMLError as error:
+            raise MeterError(f"GPU memory: {_meaning(self._nvml, error)[0]}") from error
+
     def close(self) -> None:
         if not self._closed:
             self._closed = True
@@ -135,6 +142,21 @@ class NvmlMeter:
 
     def _millijoules(self, handle: Any) -> int:
         return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
+
+
+def boards() -> dict[str, str]:
+    """Model and UUID behind each domain, for the record: `gpu0` is not the same board on every machine."""
+    with contextlib.closing(NvmlMeter()) as meter:
+        return {domain: f"{gpu.model} ({gpu.uuid})" for domain, gpu in meter.gpus.items()}
+
+
+def used_memory_bytes() -> int | None:
+    """Memory in use on the measured GPUs together; None where the driver does not say."""
+    try:
+        with contextlib.closing(NvmlMeter()) as meter:
+            return meter.used_memory_bytes()
+    except (Unavailable, MeterError):
+        return None
 
 
 def library() -> ModuleType:
