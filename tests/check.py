@@ -10,7 +10,10 @@ CHECKS = [
     ("format", [PYTHON, "-m", "ruff", "format", "--check", "."]),
     ("lint", [PYTHON, "-m", "ruff", "check", "."]),
     ("types", [PYTHON, "-m", "mypy"]),
-    ("tests", [PYTHON, "-m", "pytest", "-q", "-n", "2", "--cov", "--cov-report=term", "--cov-fail-under=90", *sys.argv[1:]]),
+    (
+        "tests",
+        [PYTHON, "-m", "pytest", "-q", "-n", "2", "--cov", "--cov-report=term", "--cov-fail-under=90", *sys.argv[1:]],
+    ),
 ]
 
 

@@ -7,7 +7,9 @@ SPACE = SearchSpace(
     (
         Int(name="parallel", meaning="Sequences decoded together.", default=4, low=1, high=32, log=True),
         Int(name="threads", meaning="Threads that compute.", default=2, low=1, high=4),
-        Choice(name="flash", meaning="Fused attention.", default="auto", values=("off", "on", "auto"), effect="numerics"),
+        Choice(
+            name="flash", meaning="Fused attention.", default="auto", values=("off", "on", "auto"), effect="numerics"
+        ),
     ),
     (Constraint("threads <= parallel", lambda c: c["threads"] <= c["parallel"]),),
 )

@@ -274,7 +274,7 @@ def test_a_megabyte_of_anything_takes_a_moment(text: str) -> None:
     result = outcome(text)
     assert not isinstance(result, str) or len(result) < 1000
     # Linear: about half a second at most. Quadratic would be hours.
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 20
 
 
 def test_an_answer_behind_a_megabyte_of_prose_is_found() -> None:

@@ -121,7 +121,11 @@ def test_a_chat_model_tunes_over_http_and_every_prompt_and_answer_is_kept(provid
     with Provider([answer(reply(cost=10)), answer("what?"), answer(reply(cost=9))]) as server:
         base = f"{server.url}" if provider == "openai" else server.url.removesuffix("/v1")
         done = run(
-            "--llm", f"{provider}:some-model", "--template", template, trials=3,
+            "--llm",
+            f"{provider}:some-model",
+            "--template",
+            template,
+            trials=3,
             env={**os.environ, f"{provider.upper()}_API_KEY": KEY, f"{provider.upper()}_BASE_URL": base},
         )
         assert done.returncode == 0, done.stderr
@@ -139,12 +143,12 @@ def test_a_chat_model_tunes_over_http_and_every_prompt_and_answer_is_kept(provid
 
 def test_a_key_is_nowhere_in_the_study_or_the_output():
     with Provider([failure(401, "bad key {authorization}")]) as server:
-        done = run(
-            "--llm", "openai:m", "--base-url", server.url, trials=2, env={**os.environ, "OPENAI_API_KEY": KEY}
-        )
+        done = run("--llm", "openai:m", "--base-url", server.url, trials=2, env={**os.environ, "OPENAI_API_KEY": KEY})
     assert done.returncode == 1
-    everything = done.stdout + done.stderr + "".join(
-        p.read_text(errors="replace") for p in Path("results").rglob("*") if p.is_file()
+    everything = (
+        done.stdout
+        + done.stderr
+        + "".join(p.read_text(errors="replace") for p in Path("results").rglob("*") if p.is_file())
     )
     assert "401" in done.stderr + done.stdout
     assert KEY not in everything
@@ -313,7 +317,11 @@ def test_an_option_that_a_resumed_study_cannot_change_is_refused():
 def start(*arguments, **more):
     return subprocess.Popen(
         [*TUNE, "run", *QUICK, "--batch", "--confirm-pairs", "0", *map(str, arguments)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
     )
 
 
@@ -363,8 +371,11 @@ def test_killed_at_random_moments_and_resumed_a_study_ends_as_an_uninterrupted_o
         psutil.wait_procs(workers, timeout=5)
         assert not [w for w in workers if w.is_running() and w.status() != psutil.STATUS_ZOMBIE]
         process = subprocess.Popen(
-            [*TUNE, "run", "--resume", "results/s", "--batch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            stdin=subprocess.DEVNULL, text=True,
+            [*TUNE, "run", "--resume", "results/s", "--batch"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
         )
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
@@ -427,6 +438,6 @@ def test_resuming_on_another_engine_is_refused_and_force_goes_on_as_a_segment_th
     assert forced.returncode == 0, forced.stderr
     trials = study().history.trials
     assert [t.segment for t in trials] == [0, 0, 1, 1, 1]
-    assert [t.proposal.source for t in trials if t.segment == 1][0] == "default"
+    assert trials[2].proposal.source == "default"
     assert all(t.segment == 1 for t in study().history.measured)
     assert "segment" in tune("report", "results/s").stdout

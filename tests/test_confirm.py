@@ -85,7 +85,9 @@ def test_an_estimated_saving_is_called_estimated():
 
     def estimated(t: Trial) -> Trial:
         value = t.joules_per_unit
-        return Trial(number=t.number, config=t.config, proposal=t.proposal, measurements=(window(value, quality="estimated"),))
+        return Trial(
+            number=t.number, config=t.config, proposal=t.proposal, measurements=(window(value, quality="estimated"),)
+        )
 
     pairs = [
         Pair(number=p.number, default=estimated(p.default), best=estimated(p.best), default_first=True, config={})

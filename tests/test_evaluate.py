@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 import threading
@@ -144,9 +143,9 @@ def test_ctrl_c_ends_the_worker_before_it_leaves(tmp_path):
 def test_no_descriptor_is_left_open_by_a_trial(tmp_path):
     run = launcher(tmp_path)
     run(0, proposal())
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     run(1, proposal("raise"))
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_no_temporary_file_is_left_behind(tmp_path, monkeypatch):

@@ -85,7 +85,19 @@ def test_a_runner_knows_of_tune_only_space_and_trial(path):
 
 
 def test_starting_the_command_line_imports_nothing_heavy():
-    heavy = {"openai", "anthropic", "optuna", "scipy", "pandas", "numpy", "jinja2", "pynvml", "xllamacpp", "gguf", "msgspec"}
+    heavy = {
+        "openai",
+        "anthropic",
+        "optuna",
+        "scipy",
+        "pandas",
+        "numpy",
+        "jinja2",
+        "pynvml",
+        "xllamacpp",
+        "gguf",
+        "msgspec",
+    }
     code = "import sys, tuner.cli; print(*{m.split('.')[0] for m in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not heavy & set(loaded)

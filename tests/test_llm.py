@@ -146,7 +146,9 @@ def test_whatever_is_answered_the_proposal_is_legal_and_new(text):
 def with_exchange(number, prompt, reply, **more):
     config = {**SPACE.default(), "parallel": 5 + number}
     exchange = Exchange(prompt=prompt, reply=Reply(text=reply, model="m"))
-    return trial(number, {"parallel": 5 + number}, proposal=Proposal(config=config, source="llm", exchanges=(exchange,)), **more)
+    return trial(
+        number, {"parallel": 5 + number}, proposal=Proposal(config=config, source="llm", exchanges=(exchange,)), **more
+    )
 
 
 def test_the_baseline_sends_the_whole_conversation_and_the_enhanced_template_one_prompt():
@@ -189,7 +191,9 @@ def test_a_template_asks_for_the_conversation_in_its_first_line(first_line, reme
 
 def test_results_stand_best_first_as_differences_from_the_default():
     text = prompt_of(ENHANCED, PAST.add(trial(2, {"threads": 1}, (0.9, 0.9, 0.9))))
-    places = [text.index(part) for part in ("trial 1: parallel 4 -> 8", "trial 2: threads 2 -> 1", "trial 0: the default")]
+    places = [
+        text.index(part) for part in ("trial 1: parallel 4 -> 8", "trial 2: threads 2 -> 1", "trial 0: the default")
+    ]
     assert places == sorted(places)
 
 

@@ -76,6 +76,14 @@ def test_a_new_prompt_is_shown_whole_after_another() -> None:
     assert person.shown == ["first", "second"]
 
 
+def test_another_conversation_is_shown_whole_however_long_it_is() -> None:
+    person = Person("one", "two")
+    chat = PasteChat(person)
+    chat.reply([Message("user", "first")], None)
+    chat.reply([Message("user", "other"), Message("assistant", "old"), Message("user", "next")], None)
+    assert person.shown[1] == "other\n\nYou answered:\nold\n\nnext"
+
+
 def test_ctrl_c_passes_through() -> None:
     def ask(prompt: str) -> str:
         raise KeyboardInterrupt

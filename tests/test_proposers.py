@@ -146,6 +146,12 @@ def test_nothing_legal_at_all_means_no_proposal():
     assert DefaultFirst(open_classical("random", 0)).propose(space, History()) is None
 
 
+def test_a_first_trial_that_the_person_edited_is_not_followed_by_the_default():
+    history = ran(SPACE, ({"threads": 1}, 1.0))
+    inner = open_classical("random", 0)
+    assert DefaultFirst(inner).propose(SPACE, history) == inner.propose(SPACE, history)
+
+
 # --- what is untried -------------------------------------------------------------------------
 
 
@@ -176,19 +182,19 @@ def test_a_walk_finds_what_two_changes_together_make_legal():
     assert found["a"] == found["b"] > 0
 
 
-def test_a_walk_goes_on_beyond_spent_neighbours():
-    # A chain of legal configurations: 0, 1, 2, ... of which the first ones are spent.
-    space = SearchSpace(
-        (
-            Int(name="step", meaning="Place on the chain.", default=0, low=0, high=10**6),
-            Int(name="other", meaning="Always 0.", default=0, low=0, high=10**6),
-        ),
-        (Constraint("a short chain", lambda c: c["step"] <= 3 and c["other"] == 0),),
-    )
+def test_a_walk_finds_a_single_change_of_any_trial():
+    parameters = tuple(Int(name=n, meaning="A number.", default=0, low=0, high=10**6) for n in ("step", "other"))
+    space = SearchSpace(parameters, (Constraint("a chain", lambda c: c["step"] <= 2 and c["other"] == 0),))
     history = ran(space, ({}, 1.0), ({"step": 1}, None))
-    found = Untried.of(space, history).draw(generator(0, history))
-    assert found is not None
-    assert found["step"] in (2, 3)
+    assert Untried.of(space, history).draw(generator(0, history)) == {"step": 2, "other": 0}
+
+
+def test_random_proposals_reach_far_from_what_was_tried():
+    parameters = tuple(Int(name=n, meaning="A digit.", default=0, low=0, high=9) for n in "abcdefgh")
+    space = SearchSpace(parameters)
+    history = study(open_classical("random", 0), space, lambda _: 1.0, 20, ran(space, ({}, 1.0)))
+    # Of 8 digits, 7.2 differ from the default on average.
+    assert statistics.mean(len(space.changes(t.config)) for t in history.trials[1:]) > 6
 
 
 # --- Sobol -----------------------------------------------------------------------------------
@@ -325,6 +331,23 @@ def test_rules_leave_a_direction_that_cost_energy_for_an_untested_parameter():
     history = ran(space, ({}, 1.0), ({"parallel": 8}, 1.01))
     proposal = open_classical("rules", 0).propose(space, history)
     assert space.changes(proposal.config) == {"unknown": True}
+
+
+def test_rules_put_off_what_cost_energy_from_another_configuration():
+    space = SearchSpace((slots(), flag("unknown", False), flag("other", False), flag("third", False)))
+    history = ran(space, ({}, 1.0), ({"parallel": 8}, 1.3), ({"unknown": True}, 0.8))
+    following = study(open_classical("rules", 0), space, lambda _: 2.0, 2, history)
+    assert [space.changes(t.config) for t in following.trials[3:]] == [
+        {"unknown": True, "other": True},
+        {"unknown": True, "third": True},
+    ]
+
+
+def test_rules_look_between_two_tried_values():
+    space = SearchSpace((Int(name="level", meaning="Level.", default=50, low=0, high=100),))
+    history = ran(space, ({}, 1.0), ({"level": 100}, 2.0), ({"level": 25}, 2.0))
+    following = study(open_classical("rules", 0), space, lambda _: 3.0, 2, history)
+    assert {t.config["level"] for t in following.trials[3:]} == {75, 38}
 
 
 def test_rules_go_on_from_the_best_trial_not_from_the_last_one():

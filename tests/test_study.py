@@ -41,7 +41,9 @@ class Walk:
 def evaluate(number, proposal):
     """Energy falls with `parallel`."""
     made = trial(number, {"parallel": proposal.config["parallel"]}, joules=(4 / proposal.config["parallel"],) * 3)
-    return trial(number, {"parallel": proposal.config["parallel"]}, [m.joules_per_unit for m in made.valid], proposal=proposal)
+    return trial(
+        number, {"parallel": proposal.config["parallel"]}, [m.joules_per_unit for m in made.valid], proposal=proposal
+    )
 
 
 @pytest.fixture

@@ -311,7 +311,7 @@ def _open_chat(screen: Screen, header: Header) -> Chat | None:
 
     if header.proposer != "llm" or header.llm is None:
         return None
-    return open_chat(header.llm, base_url=header.base_url, ask_person=screen.ask_paste)
+    return open_chat(header.llm, base_url=header.base_url, ask_person=screen.ask_paste, notify=screen.say)
 
 
 def _check_proposer(header: Header, bench: Bench, chat: Chat | None) -> None:

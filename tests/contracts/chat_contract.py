@@ -355,14 +355,17 @@ class ProviderContract(ChatContract):
                 chat.reply(HELLO, SCHEMA)
         assert len(provider.requests) == 2
 
-    @pytest.mark.parametrize("status", [401, 403, 404])
-    def test_a_refusal_of_key_or_model_is_none_of_the_schema(self, status: int) -> None:
-        provider, error = self.ask(failure(status, "no"), schema=SCHEMA)
+    @pytest.mark.parametrize(
+        ("status", "message"),
+        [(401, "no key, no schema"), (403, "no structured output for this key"), (404, "no model")],
+    )
+    def test_a_refusal_of_key_or_model_is_none_of_the_schema(self, status: int, message: str) -> None:
+        provider, error = self.ask(failure(status, message), schema=SCHEMA)
         assert isinstance(error, ChatError)
         assert len(provider.requests) == 1
 
     def test_an_overloaded_server_does_not_cost_the_schema(self) -> None:
-        provider, _ = self.ask(failure(429), failure(503), answer("a"), schema=SCHEMA)
+        provider, _ = self.ask(failure(429, "too many structured requests"), failure(503), answer("a"), schema=SCHEMA)
         assert [r.has_schema for r in provider.requests] == [True, True, True]
 
     # --- the key
@@ -371,7 +374,7 @@ class ProviderContract(ChatContract):
         "script",
         [
             [failure(401, "the key {authorization} is wrong")],
-            [failure(400, "x" * 185 + " {authorization}")],
+            [failure(400, "x" * 170 + " {authorization}")],
             [Step(status=403, body=f"<p>{KEY}</p>")],
             [Step(status=500, body=f'{{"detail": ["{KEY}"]}}')],
             [Step(body=f"hello {KEY}")],

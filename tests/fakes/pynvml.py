@@ -11,7 +11,7 @@ Without it there is one GPU of 100 W. A counter stands at `millijoules` plus `wa
 real one, which counts since the driver was loaded.
 """
 
-# ruff: noqa: N802, PLW0603, RUF012 - names, counting of users and class attributes are those of nvidia-ml-py
+# ruff: noqa: N802, PLW0603 - names, counting of users and class attributes are those of nvidia-ml-py
 
 import json
 import os

@@ -93,9 +93,7 @@ class OptunaSampler:
             case "gp":
                 return GPSampler(n_startup_trials=STARTUP, seed=seed)
             case "cmaes":
-                # One seed for the whole study: the replayed trials repeat the draws of their time.
-                seed = generator(self.seed, History()).getrandbits(32)
-                return CmaEsSampler(seed=seed, warn_independent_sampling=False)
+                return CmaEsSampler(seed=seed)
 
     def _reason(self, told: int) -> str:
         startup = 1 if self._name == "cmaes" else STARTUP

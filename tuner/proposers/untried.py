@@ -11,7 +11,6 @@ if it is one of this space: `inside` decides, and everything else in a history i
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, product
@@ -82,21 +81,12 @@ class Untried:
         return next((c for c in islice(self._walk(rng), STEPS) if c in self), None)
 
     def _walk(self, rng: random.Random) -> Iterator[Config]:
-        """Single changes of the known configurations and of what is legal around them, then several at once."""
-        queue = deque(self.known)
-        seen = {self.space.key(c) for c in queue}
-        for _ in range(STEPS // 2):
-            if not queue:
-                break
-            base = queue.popleft()
-            around = [{**base, p.name: v} for p in self.space.free for v in _others(p, base[p.name], rng)]
-            rng.shuffle(around)
-            for config in around:
-                yield config
-                if (key := self.space.key(config)) not in seen and not self.space.broken(config):
-                    seen.add(key)
-                    queue.append(config)
+        """Single changes of the known configurations, then two or three changes at once."""
         free = self.space.free
+        for base in rng.sample(self.known, len(self.known)):
+            around = [{**base, p.name: v} for p in free for v in _others(p, base[p.name], rng)]
+            rng.shuffle(around)
+            yield from around
         while len(free) > 1:
             changed = rng.sample(free, rng.randint(2, min(3, len(free))))
             yield {**rng.choice(self.known), **{p.name: p.at(rng.random()) for p in changed}}
