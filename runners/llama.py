@@ -734,8 +734,7 @@ def _parameters(xllamacpp: Any, config: Config, target: Target, model: Model) ->
     # It listens on a free port of 127.0.0.1 whether asked to or not; nobody else may add work to the window.
     params.port = 0
     params.api_keys = [secrets.token_hex(16)]
-    # Nothing may be carried from one pass to the next.
-    params.cache_prompt = False
+    # Nothing may be carried from one pass to the next; the requests, too, ask for no cached prompt.
     params.cache_ram_mib = 0
 
     params.n_ctx = _context(config, target)

@@ -4,7 +4,7 @@ import random
 import pytest
 from records import trial
 
-from tuner.confirm import confirm, pair_order, pairs_of, saving, verdict
+from tuner.confirm import concluded, confirm, pair_order, pairs_of, saving, verdict
 from tuner.evaluate import Launcher
 from tuner.journal import Header, Journal, Pair, Plan
 from tuner.trial import Target
@@ -114,7 +114,13 @@ def test_confirming_runs_both_sides_afresh_in_abba_order_and_goes_on_where_it_wa
         found = confirm(journal, launcher, default, best, 3, began.append)
         assert began == [1, 2]
         assert found.pairs == 3
-        assert len(pairs_of(journal, best.config)) == 3
-        assert pairs_of(journal, default.config) == []
+        assert len(pairs_of(journal.study, best.config)) == 3
+        assert pairs_of(journal.study, default.config) == []
+        assert concluded(journal.study) == verdict(found, 3)
     assert [n for n, _ in launcher.meter_options["order"]] == [0, 3, 3, 0, 0, 3]
     assert launcher.meter_options["order"][-1] == (3, "confirm-3.log")
+
+
+def test_a_study_without_pairs_concludes_nothing(tmp_path):
+    with Journal.create(tmp_path, Header(name="s", workload="w", target=Target(), proposer="p")) as journal:
+        assert concluded(journal.study) is None

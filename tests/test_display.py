@@ -16,6 +16,7 @@ from rich.console import Console
 from tuner.display import Screen
 from tuner.journal import End, Header, Segment, Study
 from tuner.space import Choice, Int, Refused, SearchSpace
+from tuner.summary import Usage
 from tuner.trial import Decision, History, Message, Proposal, Target
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -143,7 +144,7 @@ def test_no_text_from_outside_acts_on_the_terminal():
     desk.decide(evil)
     desk.screen.trial_ended(failed, HISTORY.add(failed), [EVIL])
     desk.screen.summary(
-        end=End(kind="failures", reason=EVIL), history=HISTORY.add(failed), space=SPACE, used=(0, None, None),
+        end=End(kind="failures", reason=EVIL), history=HISTORY.add(failed), space=SPACE, used=Usage(0, None, None),
         command=EVIL, verdict=EVIL, folder=Path("x"),
     )  # fmt: skip
     desk.screen.report(Study(folder=Path("x"), header=header(), history=HISTORY.add(failed)))
@@ -534,7 +535,7 @@ def summed(history, **more):
     desk = Desk()
     given = {
         "end": End(kind="budget", reason="all 15 trials are done"),
-        "used": (7, 12345, None),
+        "used": Usage(7, 12345, None),
         "command": "run  --it",
     }
     desk.screen.summary(
@@ -570,7 +571,7 @@ def test_a_best_within_noise_says_so():
 
 
 def test_a_summary_without_results_still_ends_with_its_sentence():
-    out = summed(History(), command=None, used=(0, None, None), verdict="No saving shown.")
+    out = summed(History(), command=None, used=Usage(0, None, None), verdict="No saving shown.")
     assert out.rstrip().endswith("No saving shown.")
     assert "none: no LLM took part" in one_line(out)
 

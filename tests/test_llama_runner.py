@@ -22,6 +22,10 @@ from hypothesis import strategies as st
 from tuner.space import Int, Refused
 from tuner.trial import Target
 
+# OpenMP's threads spin while they wait, which is what a user's engine does and what tests that share
+# two CPUs with other tests must not do: a pass would take ten times as long. Read when libgomp loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 RUNNER = Path(__file__).parents[1] / "runners" / "llama.py"
 TINY = Target(size="tiny", prompts=4, prompt_tokens=16, output_tokens=4)
 LOSSY = Target(size="tiny", prompts=4, prompt_tokens=16, output_tokens=4, allow_lossy=True)
@@ -136,6 +140,12 @@ def test_a_damaged_generated_model_is_made_again(llama, damage):
     flipped[-5] ^= 1
     path.write_bytes(flipped if damage is None else damage)
     assert llama._generated(TINY, "Q4_0").read_bytes() == whole
+
+
+def test_a_whole_generated_model_is_not_written_again(llama):
+    before = llama._generated(TINY, "Q4_0").stat()
+    after = llama._generated(TINY, "Q4_0").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_the_digest_beside_the_model_is_one_that_sha256sum_reads(llama):
@@ -536,9 +546,25 @@ def test_layers_on_a_gpu_are_read_back(llama):
 def test_passes_are_the_same_load(llama, log):
     with llama.launch(llama.space(TINY).default(), TINY) as engine:
         first = [engine._server.handle_completions(r)["choices"][0]["text"] for r in engine._requests]
-        second = [engine._server.handle_completions(r)["choices"][0]["text"] for r in engine._requests]
+        other = [{**r, "seed": 99} for r in engine._requests]  # greedy: no seed has a say
+        second = [engine._server.handle_completions(r)["choices"][0]["text"] for r in other]
     assert first == second
     assert len(set(first)) > 1
+
+
+def test_the_output_keeps_its_length_where_the_model_would_have_ended(llama, log):
+    with llama.launch(llama.space(TINY).default(), TINY) as engine:
+        eager = {**engine._requests[0], "logit_bias": [[2, 100.0]]}  # 2 is </s>
+        ended, kept = (engine._server.handle_completions(r) for r in ({**eager, "ignore_eos": False}, eager))
+    assert ended["choices"][0]["finish_reason"] == "stop"
+    assert (kept["choices"][0]["finish_reason"], kept["timings"]["predicted_n"]) == ("length", 4)
+
+
+def test_the_engine_may_adjust_nothing_and_serves_no_pages(llama):
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = llama._parameters(xllamacpp, llama.space(TINY).default(), TINY, llama._model(TINY))
+    assert (params.fit_params, params.ui, params.cache_ram_mib) == (False, False, 0)
+    assert len(params.api_keys) == 1
 
 
 def test_prompts_are_fixed_by_the_seed_and_hold_ordinary_tokens_only(llama):

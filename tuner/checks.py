@@ -109,14 +109,12 @@ def _repeated(trial: Trial) -> str | None:
 
 
 def _not_as_asked(trial: Trial) -> str | None:
-    changed = [
-        f"{name} is {show(trial.effective[name])}, asked for was {show(asked)}"
-        for name, asked in trial.config.items()
-        if name in trial.effective and trial.effective[name] != asked
-    ]
-    if not changed:
+    # `auto` leaves the choice to the engine: what it chose is no doubt.
+    other = [n for n, asked in trial.config.items() if asked not in (trial.effective.get(n, asked), "auto")]
+    if not other:
         return None
-    first = next(n for n, asked in trial.config.items() if n in trial.effective and trial.effective[n] != asked)
+    changed = [f"{n} is {show(trial.effective[n])}, asked for was {show(trial.config[n])}" for n in other]
+    first = other[0]
     return (
         f"the engine runs something else than asked: {'; '.join(changed)};"
         f" keep it at what runs: --pin {first}={show(trial.effective[first])}"

@@ -351,12 +351,13 @@ def report(
     json: Annotated[str | None, typer.Option(metavar="FILE", help="The same as JSON; `-` is standard output.")] = None,
 ) -> None:
     """Show a study as a table, or write its measurements to a file."""
+    from tuner.confirm import concluded
     from tuner.journal import read
 
     with _screen() as screen:
         found = read(study)
         if csv is None and json is None:
-            screen.report(found)
+            screen.report(found, concluded(found))
             return
         from tuner import export
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tuner.evaluate import Launcher
-from tuner.journal import Journal, Pair
-from tuner.space import Config
+from tuner.journal import Journal, Pair, Study
+from tuner.space import Config, Value
 from tuner.summary import student_t
 from tuner.trial import Proposal, Quality, Trial
 
@@ -83,9 +83,16 @@ def verdict(found: Saving | None, asked: int) -> str:
     return f"{verb} {saved} ({interval}, {found.pairs} fresh pairs{label})."
 
 
-def pairs_of(journal: Journal, config: Config) -> list[Pair]:
-    """The pairs that the journal holds for `config` in its newest segment."""
-    study = journal.study
+def concluded(study: Study) -> str | None:
+    """The last sentence of a recorded study; None where nothing was confirmed."""
+    if not study.pairs:
+        return None
+    pairs = pairs_of(study, study.pairs[-1].config)
+    return verdict(saving(pairs), asked=len(study.pairs))
+
+
+def pairs_of(study: Study, config: Config | Mapping[str, Value]) -> list[Pair]:
+    """The pairs that the study holds for `config` in its newest segment."""
     return [p for p in study.pairs if p.config == config and p.best.segment == study.segment]
 
 
@@ -96,7 +103,7 @@ def confirm(
 
     Each pair is written as soon as it is complete: a confirmation that was cut short goes on.
     """
-    while (number := len(done := pairs_of(journal, best.config))) < pairs:
+    while (number := len(done := pairs_of(journal.study, best.config))) < pairs:
         began(number)
         fresh = replace(launcher, log_name=f"confirm-{number + 1}.log")
         first, second = (default, best) if pair_order(number) else (best, default)

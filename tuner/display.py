@@ -33,6 +33,7 @@ from tuner.checks import doubts as doubts_of
 from tuner.journal import End, Study
 from tuner.space import Config, Refused, SearchSpace, Value, show
 from tuner.summary import (
+    Usage,
     against,
     changes_text,
     clean,
@@ -610,7 +611,7 @@ class Screen:
         end: End,
         history: History,
         space: SearchSpace,
-        used: tuple[int, int | None, int | None],
+        used: Usage,
         command: str | None,
         verdict: str,
         folder: Path,
@@ -618,7 +619,7 @@ class Screen:
         """The end of a run: the best configuration against the default, what it took, and how to launch it."""
         self._stop_live()
         best, default = history.best, history.default
-        prompts, read, written = used
+        prompts, read, written = used.prompts, used.input_tokens, used.output_tokens
         rows = [("stopped", end.reason)]
         if default:
             rows.append(("default", energy_text(default)))
@@ -649,8 +650,8 @@ class Screen:
         self._stdout.print()
         self._stdout.print(self._text(verdict, "bold"), soft_wrap=not self._stdout.is_terminal)
 
-    def report(self, study: Study) -> None:
-        """A whole study as a table, with what is to be doubted and what each parameter seems to do."""
+    def report(self, study: Study, verdict: str | None = None) -> None:
+        """A whole study as a table, with what is to be doubted, and what its confirmation showed."""
         header, history = study.header, study.history
         self._facts(
             [
@@ -678,6 +679,9 @@ class Screen:
         if study.ends:
             self._stdout.print()
             self._facts([("stopped", study.ends[-1].reason)])
+        if verdict:
+            self._stdout.print()
+            self._stdout.print(self._text(verdict, "bold"), soft_wrap=not self._stdout.is_terminal)
 
     def trials_table(self, history: History, space_record: Sequence[Mapping[str, object]]) -> Table:
         """Every trial in the order it ran. `space_record` is the space as the journal keeps it."""

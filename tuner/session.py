@@ -8,7 +8,7 @@ things: search until a goal is met, confirm the best against the default, say wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.assemble import Bench, open_proposer
@@ -175,7 +175,7 @@ class Session:
             end=end,
             history=history,
             space=self.bench.space,
-            used=astuple(usage(history)),
+            used=usage(history),
             command=self.bench.runner.command(best.config, self.header.target) if best else None,
             verdict=found,
             folder=self.journal.folder,
