@@ -19,7 +19,7 @@ from tuner.proposers import CLASSICAL, open_classical
 from tuner.proposers.first import DefaultFirst
 from tuner.proposers.llm import Keep, Llm, View, forget, read_template, render
 from tuner.proposers.review import forbidden
-from tuner.space import Refused, SearchSpace, excerpt
+from tuner.space import Refused, SearchSpace, excerpt, show
 from tuner.study import Threshold
 from tuner.trial import Chat, ChatError, History, Message, Proposer, Reply, Runner
 
@@ -153,13 +153,25 @@ def _boards(meters: MeterChoice) -> dict[str, str]:
 
 
 def _without_blind(space: SearchSpace, meters: MeterChoice, asked: set[str]) -> tuple[SearchSpace, list[str]]:
-    """The space without what the meter is blind to; a parameter that was asked for by name is refused."""
+    """The space without what the meter is blind to.
+
+    Refused is a parameter that was asked for by name, and work on a GPU that nothing counts: moving it
+    there would look like a saving.
+    """
     blind = [p.name for p in space.free if p.lever in meters.blind_to]
     if wanted := [name for name in blind if name in asked]:
         raise Refused(
             f"--range {wanted[0]}: the {'+'.join(meters.names)} meter cannot see what {wanted[0]} does to energy;"
             " choose a meter with a counter (`tune doctor` says which), or leave it out"
         )
+    for parameter in space.parameters:
+        offloads = parameter.lever == "offload" and parameter.default not in (0, "none", "off", "cpu")
+        if offloads and not any(domain.startswith("gpu") for domain in meters.domains):
+            raise Refused(
+                f"{parameter.name}={show(parameter.default)} computes on a GPU, whose energy the"
+                f" {'+'.join(meters.names)} meter does not count; use a meter that does (`tune doctor` says which),"
+                f" or keep the work on the CPU with --pin {parameter.name}={show(parameter.at(0.0))}"
+            )
     for name in blind:
         space = space.freeze(name)
     return space, blind

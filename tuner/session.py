@@ -19,7 +19,7 @@ from tuner.evaluate import Launcher, trial_folder
 from tuner.journal import End, Header, Journal, StopKind
 from tuner.proposers.review import Review
 from tuner.study import Threshold, at_most, run_study, stopped_by_person, three_failures, within
-from tuner.summary import usage
+from tuner.summary import seconds_text, usage
 from tuner.trial import Chat, ChatError, Decision, Goal, History, Proposer, Trial
 
 
@@ -136,6 +136,12 @@ class Session:
 
     def _ended(self, trial: Trial, history: History) -> None:
         self.screen.trial_ended(trial, history, doubts(trial, history))
+        if trial is history.default and self.header.trials:
+            runs = self.header.trials - len(history.current) + 2 * self.header.confirm_pairs
+            self.screen.say(
+                f"a run takes about {seconds_text(trial.seconds)}; the {self.header.trials - 1} trials and"
+                f" {self.header.confirm_pairs} pairs that may follow take about {seconds_text(runs * trial.seconds)}"
+            )
 
     def _interrupted(self) -> None:
         """Ctrl-C, SIGTERM or a crash of ours: the trial that was cut short is not held against its configuration."""

@@ -117,18 +117,15 @@ def _told(space: SearchSpace, history: History) -> list[tuple[Config, float]]:
 
 
 def _distribution(parameter: Parameter, name: Name) -> BaseDistribution:
-    match parameter:
-        case Int(low=low, high=high, log=log):
-            return IntDistribution(low, high, log=log)
-        case Float(low=low, high=high, log=log):
-            return FloatDistribution(low, high, log=log)
-        case Choice(values=values, ordered=ordered):
-            # CMA-ES knows no categories; left to itself it would draw them at random for ever.
-            if ordered or name == "cmaes":
-                return IntDistribution(0, len(values) - 1)
-            return CategoricalDistribution(range(len(values)))
-        case _:
-            raise TypeError(f"no distribution for a {type(parameter).__name__}")
+    if isinstance(parameter, Int):
+        return IntDistribution(parameter.low, parameter.high, log=parameter.log)
+    if isinstance(parameter, Float):
+        return FloatDistribution(parameter.low, parameter.high, log=parameter.log)
+    assert isinstance(parameter, Choice)
+    # CMA-ES knows no categories; left to itself it would draw them at random for ever.
+    if parameter.ordered or name == "cmaes":
+        return IntDistribution(0, len(parameter.values) - 1)
+    return CategoricalDistribution(range(len(parameter.values)))
 
 
 def _encode(parameter: Parameter, value: Value) -> Value:

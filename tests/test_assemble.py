@@ -1,0 +1,102 @@
+import pytest
+
+from tuner.assemble import choose_proposer, prepare, view_of
+from tuner.journal import Header
+from tuner.meters import MeterOptions
+from tuner.space import Refused
+from tuner.trial import History, Target
+
+RUNNER = """
+from tuner.space import Choice, Int, SearchSpace
+def space(target):
+    return SearchSpace((
+        Int(name="layers", meaning="Layers on the GPU.", default=0, low=0, high=9, lever="offload"),
+        Int(name="batch", meaning="Requests together.", default=4, low=1, high=8),
+    ))
+def identity(target): return {"engine": "e", "engine_version": "1", "model": "m"}
+def launch(config, target): ...
+def command(config, target): return "e"
+"""
+
+
+@pytest.fixture
+def runner(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(RUNNER)
+    return path
+
+
+def ready(runner, **more):
+    header = Header(name="s", workload=str(runner), target=Target(), proposer="rules", **more)
+    return prepare(header, meter="estimate", options=MeterOptions(), require_measured=False)
+
+
+def test_what_the_meter_is_blind_to_stays_at_its_default_and_is_said(runner):
+    header, bench = ready(runner)
+    assert [p.name for p in bench.space.free] == ["batch"]
+    assert header.blind == ("layers",)
+    assert any("layers" in note for note in bench.notes)
+
+
+def test_what_the_meter_is_blind_to_is_refused_when_it_is_asked_for_by_name(runner):
+    with pytest.raises(Refused, match=r"--range layers: the estimate meter cannot see .*tune doctor"):
+        ready(runner, ranges=("layers=0..4",))
+
+
+def test_work_on_a_gpu_that_no_meter_counts_is_refused_with_the_way_to_keep_it_on_the_cpu(runner):
+    runner.write_text(RUNNER.replace("default=0", "default=9"))
+    with pytest.raises(Refused, match=r"layers=9 computes on a GPU, whose energy .* --pin layers=0"):
+        ready(runner)
+    assert ready(runner, pins=("layers=0",))[1].space.default()["layers"] == 0
+
+
+def test_a_default_outside_the_range_that_was_asked_for_moves_and_is_said(runner):
+    _, bench = ready(runner, ranges=("batch=6..8",))
+    assert bench.space.default()["batch"] == 6
+    assert "batch starts at 6: its default 4 is outside 6..8" in bench.notes
+
+
+def test_a_runner_in_the_current_folder_is_named_with_its_path(runner, monkeypatch):
+    monkeypatch.chdir(runner.parent)
+    assert f"runner from this folder: {runner}" in ready(runner)[1].notes
+    monkeypatch.chdir("/")
+
+
+def test_the_header_holds_what_was_found_out(runner):
+    header, bench = ready(runner)
+    assert header.meters == ("estimate",)
+    assert header.identity == {"engine": "e", "engine_version": "1", "model": "m"}
+    assert list(header.space) == bench.space.record()
+    assert header.machine["cores_logical"]
+
+
+def test_no_chat_is_told_the_hosts_name(runner):
+    header, bench = ready(runner)
+    assert "host" in bench.machine
+    assert "host" not in view_of(header, bench).of(bench.space, History())["machine"]
+
+
+@pytest.fixture
+def no_keys(monkeypatch):
+    for key in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "TUNE_LLM"):
+        monkeypatch.delenv(key, raising=False)
+
+
+def test_a_key_in_the_environment_picks_its_provider(no_keys, monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "k" * 20)
+    choice = choose_proposer(proposer=None, llm=None, template=None, offer=None)
+    assert choice.llm.startswith("anthropic:")
+    assert choice.template == "enhanced"
+
+
+def test_without_a_key_a_person_is_asked_and_otherwise_rules_take_over_with_a_warning(no_keys):
+    assert choose_proposer(proposer=None, llm=None, template=None, offer=lambda: "paste").llm == "paste"
+    assert choose_proposer(proposer=None, llm=None, template=None, offer=lambda: "rules").proposer == "rules"
+    alone = choose_proposer(proposer=None, llm=None, template=None, offer=None)
+    assert alone.proposer == "rules"
+    assert "NO LLM IS IN USE" in alone.warning
+
+
+def test_naming_a_classical_proposer_asks_for_no_key(no_keys):
+    choice = choose_proposer(proposer="sobol", llm=None, template=None, offer=None)
+    assert (choice.proposer, choice.llm, choice.warning) == ("sobol", None, None)
