@@ -706,16 +706,18 @@ def launch(config: Config, target: Target) -> Iterator[LlamaServer]:
     model = _model(target, str(config.get("weights", DEFAULT_WEIGHTS)))
     # On a failed assertion ggml starts a debugger on this very process and prints to standard output.
     os.environ["GGML_NO_BACKTRACE"] = "1"
+    requests = _requests(target, model.tokens)
     log = _Log()
     try:
         server = xllamacpp.Server(_parameters(xllamacpp, config, target, model))
     except RuntimeError as error:
         raise RuntimeError(f"llama.cpp cannot load this configuration: {log.first_error() or error}") from error
-    engine = LlamaServer(server, target, model)
+    engine = LlamaServer(server, target, requests)
     del server
     try:
         # Buffers and threads come with the first work. It also makes closing safe: a server that is
-        # destroyed before its loop has started never ends (xllamacpp 2026.10).
+        # destroyed before its loop has started waits forever (xllamacpp 2026.10), so nothing that can
+        # fail stands between loading and this.
         engine.run_pass()
         engine.effective = log.read_back()
         yield engine
@@ -763,10 +765,10 @@ def _cache_type(xllamacpp: Any, name: Value) -> Any:
 class LlamaServer:
     """A loaded server and the requests of one pass."""
 
-    def __init__(self, server: Any, target: Target, model: Model) -> None:
+    def __init__(self, server: Any, target: Target, requests: list[dict[str, object]]) -> None:
         self._server = server
         self._target = target
-        self._requests = _requests(target, model.tokens)
+        self._requests = requests
         self.effective: Mapping[str, Value] = {}
 
     def run_pass(self) -> Work:

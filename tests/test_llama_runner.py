@@ -633,13 +633,13 @@ class MiscountingServer:
     ],
 )
 def test_other_work_than_was_asked_for_is_an_error(llama, changes, sentence):
-    engine = llama.LlamaServer(MiscountingServer(**changes), TINY, llama._model(TINY))
+    engine = llama.LlamaServer(MiscountingServer(**changes), TINY, llama._requests(TINY, (300,)))
     with pytest.raises(RuntimeError, match=sentence):
         engine.run_pass()
 
 
 def test_the_right_work_is_no_error(llama):
-    engine = llama.LlamaServer(MiscountingServer(), TINY, llama._model(TINY))
+    engine = llama.LlamaServer(MiscountingServer(), TINY, llama._requests(TINY, (300,)))
     assert engine.run_pass().units == 16
 
 

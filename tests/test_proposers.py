@@ -54,6 +54,7 @@ class TestCmaes(ProposerContract):
         return open_classical("cmaes", seed)
 
 
+@pytest.mark.slow
 class TestGp(ProposerContract):
     trials = 10
 
@@ -147,7 +148,8 @@ def test_nothing_legal_at_all_means_no_proposal():
 
 
 def test_a_first_trial_that_the_person_edited_is_not_followed_by_the_default():
-    history = ran(SPACE, ({"threads": 1}, 1.0))
+    edited = Proposal(config={**SPACE.default(), "threads": 1}, source="human", in_place_of="default")
+    history = History().add(run(0, edited, 1.0))
     inner = open_classical("random", 0)
     assert DefaultFirst(inner).propose(SPACE, history) == inner.propose(SPACE, history)
 
@@ -411,6 +413,13 @@ def test_rules_do_not_go_further_where_a_trial_failed():
     history = ran(space, ({}, 1.0), ({"parallel": 16}, None))
     following = study(open_classical("rules", 0), space, lambda c: 1.0 + c["unknown"] + c["other"], 3, history)
     assert all(t.config["parallel"] < 16 for t in following.trials[2:])
+
+
+@pytest.mark.parametrize(("joules", "words"), [(None, "4 -> 8 failed"), (5.0, "4 -> 8 cost 400.0%")])
+def test_a_dear_trial_is_not_called_a_failed_one(joules, words):
+    space = SearchSpace((slots(),))
+    known = effects(space, seen_trials(space, ran(space, ({}, 1.0), ({"parallel": 8}, joules))))
+    assert [str(e) for e in known["parallel"]] == [words]
 
 
 def test_a_loss_of_several_changes_blames_none_of_them():

@@ -32,7 +32,7 @@ STARTUP = 5
 """Trials before the model is used, the default among them. Optuna's 10 suit its usual 100 trials; a
 study here has about 15, and the start-up of 10 would leave a third of them to the method itself."""
 
-ASKS: Mapping[Name, int] = {"tpe": 50, "gp": 8, "cmaes": 50}
+ASKS: Mapping[Name, int] = {"tpe": 50, "gp": 4, "cmaes": 50}
 """Suggestions before a random one: each takes a millisecond, a Gaussian process's a large part of a second."""
 
 

@@ -184,10 +184,12 @@ class Effect:
     """ln(energy before) - ln(energy after): 0.1 is a saving of 10 %, negative is a loss."""
     changed: int
     """In how many parameters the two trials differ; they share the saving equally."""
+    failed: bool = False
+    """The later trial failed: `saving` is a rank then, not a measurement."""
 
     def __str__(self) -> str:
         others = f" with {self.changed - 1} other changes" if self.changed > 1 else ""
-        if self.saving <= _FAILED:
+        if self.failed:
             result = "failed"
         elif self.saving > 0:
             result = f"saved {-math.expm1(-self.saving):.1%}"
@@ -221,9 +223,10 @@ def effects(space: SearchSpace, seen: Sequence[Seen]) -> dict[str, list[Effect]]
             saving = _FAILED if after.log_energy is None else before.log_energy - after.log_energy
             names = [name for name in found if before.config[name] != after.config[name]]
             if len(names) == 1 or (before.log_energy == best and saving > 0):
+                share_of_each, failed = saving / len(names), after.log_energy is None
                 for name in names:
-                    effect = Effect(before.config[name], after.config[name], saving / len(names), len(names))
-                    found[name].append(effect)
+                    old, new = before.config[name], after.config[name]
+                    found[name].append(Effect(old, new, share_of_each, len(names), failed))
         best = best if after.log_energy is None else min(best, after.log_energy)
     return found
 
@@ -345,10 +348,11 @@ def _values_to_try(
     numbers = [*map(float, parameter.neighbours(old))]
     numbers += [_further(parameter, float(e.old), number) for e in known if e.new == old and e.saving > 0]
     ends = (float(parameter.at(0.0)), float(parameter.at(_HIGH_END)))
+    next_integer = 1 if isinstance(parameter, Int) else 0  # too small a step to stand for its direction
     for side, end in zip((-1, 1), ends, strict=True):
         if bounds := [float(v) for v in tried if (float(v) - number) * side > 0]:
             numbers.append(_between(parameter, number, min(bounds, key=lambda v: abs(v - number))))
-        elif not any((n - number) * side > 1 for n in numbers):
+        elif not any((n - number) * side > next_integer for n in numbers):
             numbers.append(end)
     here = parameter.position(old)
     for value in (_nearest(parameter, n) for n in numbers):
@@ -426,7 +430,7 @@ def _from_effects_on_a_scale(
         return effect.saving * (1.0 if (effect.old, effect.new) == (old, new) else 0.5), str(effect)
     if effect.saving > 0:
         return -effect.saving, f"{effect}{_LATE}"
-    if effect.saving <= _FAILED:
+    if effect.failed:
         return None
     return min(_USUAL, -effect.saving / 4), f"{effect}, so the other way may save"
 
