@@ -673,10 +673,10 @@ def _context(config: Mapping[str, Value], target: Target) -> int:
     recent model, and then lets `--fit` shrink it to what is free. Here each slot gets what one
     request needs. Without a unified cache the engine divides the context by the slots and rounds
     each part up to a multiple of 256; with one, all slots draw from the same pool: the same total
-    serves both.
+    serves both. It is no smaller than `n_batch`, which the engine would cut down to it.
     """
     one_slot = math.ceil((target.prompt_tokens + target.output_tokens) / CONTEXT_STEP) * CONTEXT_STEP
-    return int(config["parallel"]) * one_slot
+    return max(int(config["parallel"]) * one_slot, int(config["n_batch"]))
 
 
 def identity(target: Target) -> dict[str, str]:
@@ -856,7 +856,7 @@ _LOG: Mapping[str, re.Pattern[str]] = {
 }
 _COUNTS = frozenset({"parallel", "gpu_layers", "threads", "threads_batch", "n_ubatch", "n_batch", "n_ctx"})
 _LOADED = re.compile(r"init: model loaded$", re.MULTILINE)
-_FLASH_RESOLVED = re.compile(r"Flash Attention (enabled|disabled)|Flash Attention .*set to (enabled|disabled)")
+_FLASH_RESOLVED = re.compile(r"Flash Attention (?:not supported, set to )?(enabled|disabled)")
 _ERROR = re.compile(r"^[\d.]+ E (?:\w+ +)?(.+)$", re.MULTILINE)
 
 
@@ -873,7 +873,7 @@ def read_back(log: str) -> dict[str, Value]:
         values["repack"] = "repack" in said
     if flash := said.get("flash_attention"):
         if flash == "auto" and (resolved := _FLASH_RESOLVED.search(log)):
-            flash = resolved[1] or resolved[2]
+            flash = resolved[1]
         values["flash_attention"] = {"enabled": "on", "disabled": "off"}.get(flash, flash)
     return values
 

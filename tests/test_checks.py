@@ -46,6 +46,10 @@ CASES = {
         replace(FINE, effective={"threads": 4, "parallel": 4}),
         ["threads is 4, asked for was 2", "--pin threads=4"],
     ),
+    "others": (
+        windows(*[replace(window(1.0), other_cpu_seconds=3.0)] * 3),
+        ["other processes kept 1.50 CPUs busy", "top"],
+    ),
     "idle": (windows(*[replace(window(1.0), cpu_seconds=0.01)] * 3), ["kept 0.00500 CPUs busy", "--meter"]),
     "long load": (replace(FINE, load_seconds=200.0), ["loading took 3 min 20 s for 6.0 s measured", "--window 20s"]),
 }
@@ -55,6 +59,14 @@ CASES = {
 def test_a_doubt_says_what_was_seen_and_what_to_type(doubted, parts):
     (said,) = of(doubted)
     assert all(part in said for part in parts), said
+
+
+def test_a_little_of_what_others_do_is_no_doubt():
+    assert of(windows(*[replace(window(1.0), other_cpu_seconds=0.4)] * 3)) == []
+
+
+def test_what_the_engine_made_of_auto_is_no_doubt():
+    assert of(replace(FINE, effective={"flash": "on"})) == []
 
 
 def test_a_long_enough_window_of_a_slow_counter_is_not_doubted():

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuner.meters import MeterOptions, estimate
-from tuner.meters.estimate import EstimateMeter, PowerModel, TreeCpu, probe
+from tuner.meters.estimate import EstimateMeter, PowerModel, TreeCpu, busy_cpu_seconds, probe
 from tuner.meters.estimate import _Spent as Spent
 from tuner.trial import MeterError
 
@@ -294,3 +294,10 @@ def test_without_a_number_of_cpus_there_is_no_estimate(monkeypatch):
     found = probe(MeterOptions())
     assert (found.ok, found.reason) == (False, "the number of CPUs is unknown")
     assert found.remedy
+
+
+def test_the_machines_cpu_time_holds_at_least_what_this_process_burns():
+    before, burned = busy_cpu_seconds(), time.process_time()
+    while time.process_time() - burned < 0.3:
+        pass
+    assert busy_cpu_seconds() - before > 0.2

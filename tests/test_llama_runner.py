@@ -502,7 +502,7 @@ def test_the_defaults_are_the_engines_own(llama, log):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"parallel": 2}, {"parallel": 2, "n_ctx": 512}),
+        ({"parallel": 2, "n_batch": 64, "n_ubatch": 64}, {"parallel": 2, "n_ctx": 512}),
         ({"threads": 1}, {"threads": 1}),
         ({"threads_batch": 1}, {"threads_batch": 1}),
         ({"repack": False}, {"repack": False}),
@@ -513,8 +513,8 @@ def test_the_defaults_are_the_engines_own(llama, log):
         ({"flash_attention": "auto"}, {"flash_attention": "on"}),
         ({"n_ubatch": 64}, {"n_ubatch": 64}),
         ({"n_batch": 512}, {"n_batch": 512}),
-        ({"n_batch": 2048}, {"n_batch": 1024}),
-        ({"kv_unified": False}, {"kv_unified": False, "n_ctx": 1024}),
+        ({"n_batch": 2048}, {"n_batch": 2048, "n_ctx": 2048}),
+        ({"kv_unified": False}, {"kv_unified": False, "n_ctx": 2048}),
         ({"cache_type_k": "q8_0"}, {"cache_type_k": "q8_0", "cache_type_v": "f16"}),
         (
             {"cache_type_v": "q4_0", "flash_attention": "on"},
@@ -541,6 +541,14 @@ def test_nothing_is_read_back_from_a_log_that_is_no_file(llama, own_model):
 
 def test_layers_on_a_gpu_are_read_back(llama):
     assert llama.read_back("load_tensors: offloaded 13/13 layers to GPU\n") == {"gpu_layers": 13}
+
+
+def test_an_automatic_choice_that_the_device_does_not_support_is_read_back_as_off(llama):
+    log = (
+        "I llama_context: flash_attn            = auto\n"
+        "W resolve_fused_ops: Flash Attention not supported, set to disabled\n"
+    )
+    assert llama.read_back(log) == {"flash_attention": "off"}
 
 
 def test_passes_are_the_same_load(llama, log):
@@ -580,7 +588,8 @@ def test_the_context_always_holds_every_slots_request(llama, log):
     # 250 + 6 fill a slot to its last cell.
     target = Target(size="tiny", prompts=3, prompt_tokens=250, output_tokens=6)
     for unified in (False, True):
-        config = llama.space(target).complete({"parallel": 3, "kv_unified": unified})
+        changes = {"parallel": 3, "kv_unified": unified, "n_batch": 32, "n_ubatch": 32}
+        config = llama.space(target).complete(changes)
         with llama.launch(config, target) as engine:
             assert engine.effective["n_ctx"] == 768
             assert engine.run_pass().units == 18
@@ -674,7 +683,7 @@ def test_the_command_names_what_differs_from_the_default(llama, monkeypatch, cha
     config = llama.space(target).complete(changes)
     slots = config["parallel"]
     model = str(llama._generated(target, "Q4_0"))
-    expected = ["llama-server", "-m", model, "-c", str(256 * slots), "--fit", "off", *words]
+    expected = ["llama-server", "-m", model, "-c", str(max(256 * slots, config["n_batch"])), "--fit", "off", *words]
     assert shlex.split(llama.command(config, target)) == expected
 
 

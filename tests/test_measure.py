@@ -122,6 +122,19 @@ def test_an_estimate_of_zero_joules_is_not_called_a_stuck_counter():
     assert implausible({"cpu0": Energy(0.0, 0.0, 0.0)}, 1.0, measured=False) == []
 
 
+def test_what_others_used_is_the_machines_cpu_time_less_our_own():
+    clock = Clock()
+    clocks = replace(clocks_of(clock), busy_cpu_seconds=lambda: 2 * clock.now)
+    (window,) = measure(Engine(clock), Burner(clock), Plan(windows=1, window_seconds=2), clocks, lambda phase: None)
+    assert (window.cpu_seconds, window.other_cpu_seconds) == (1.0, 3.0)
+
+
+def test_what_others_used_is_unknown_where_the_system_does_not_say():
+    clock = Clock()
+    (window,) = run(Burner(clock), Plan(windows=1, window_seconds=1), clock=clock)
+    assert window.other_cpu_seconds is None
+
+
 def test_cpu_time_that_cannot_be_read_makes_the_window_invalid_and_not_the_trial():
     clock, faults = Clock(), iter(["children come and go too fast"])
 

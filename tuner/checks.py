@@ -25,6 +25,7 @@ LEAST_WINDOW_SECONDS = 2.0
 LEAST_WINDOWS = 3
 LARGEST_SPREAD = 0.05
 LEAST_CPUS_BUSY = 0.05
+MOST_CPUS_OF_OTHERS = 0.25
 LONGEST_LOAD = 20
 """Times the measured seconds."""
 
@@ -136,6 +137,19 @@ def _idle(trial: Trial) -> str | None:
     )
 
 
+def _others(trial: Trial) -> str | None:
+    others = [m.other_cpu_seconds for m in trial.valid if m.other_cpu_seconds is not None]
+    if len(others) < len(trial.valid):
+        return None
+    busy = sum(others) / sum(m.seconds for m in trial.valid)
+    if busy <= MOST_CPUS_OF_OTHERS:
+        return None
+    return (
+        f"other processes kept {number_text(busy)} CPUs busy meanwhile: counters count them too, and threads"
+        " that spin while they wait use several times the CPU; stop them (`top` shows which) and measure again"
+    )
+
+
 def _long_load(trial: Trial) -> str | None:
     measured = sum(m.seconds for m in trial.valid)
     if trial.load_seconds is None or trial.load_seconds <= LONGEST_LOAD * measured:
@@ -147,4 +161,4 @@ def _long_load(trial: Trial) -> str | None:
 
 
 _STANDING: tuple[Rule, ...] = (_short_windows, _few_windows, _estimate)
-_OF_ONE_TRIAL: tuple[Rule, ...] = (_spread, _repeated, _not_as_asked, _idle, _long_load)
+_OF_ONE_TRIAL: tuple[Rule, ...] = (_spread, _others, _repeated, _not_as_asked, _idle, _long_load)

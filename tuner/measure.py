@@ -33,6 +33,8 @@ class Clocks:
         default=lambda: time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
     )
     cpu_seconds: Callable[[], float] = time.process_time
+    busy_cpu_seconds: Callable[[], float | None] = field(default=lambda: None)
+    """CPU time of the whole machine, whoever used it; None where the system does not say."""
     peak_memory_bytes: Callable[[], int | None] = field(default=lambda: None)
 
 
@@ -74,7 +76,7 @@ def _windows(
 def _window(engine: Engine, meter: Meter, least_seconds: float, clocks: Clocks) -> Measurement:
     faults: list[str] = []
     works: list[Work] = []
-    cpu = _cpu(clocks, faults)
+    cpu, busy = _cpu(clocks, faults), clocks.busy_cpu_seconds()
     before = _read(meter, faults)
     boot, start = clocks.boot_seconds(), clocks.seconds()
     while not works or clocks.seconds() - start < least_seconds:
@@ -82,7 +84,8 @@ def _window(engine: Engine, meter: Meter, least_seconds: float, clocks: Clocks) 
     seconds = clocks.seconds() - start
     slept = clocks.boot_seconds() - boot - seconds
     after = _read(meter, faults)
-    cpu_after = _cpu(clocks, faults)
+    cpu_seconds = _since(cpu, _cpu(clocks, faults))
+    busy_seconds = _since(busy, clocks.busy_cpu_seconds())
     if slept > SLEEP_SECONDS:
         faults.append(f"the machine was suspended for {slept:.1f} s inside the window")
     energy = {} if faults else difference(before, after)
@@ -94,7 +97,9 @@ def _window(engine: Engine, meter: Meter, least_seconds: float, clocks: Clocks) 
         energy={} if faults else energy,
         quality=meter.quality,
         meter=meter.name,
-        cpu_seconds=None if cpu is None or cpu_after is None else cpu_after - cpu,
+        cpu_seconds=cpu_seconds,
+        # The two clocks tick differently: a small negative difference is nothing, not less than nothing.
+        other_cpu_seconds=None if (rest := _since(cpu_seconds, busy_seconds)) is None else max(rest, 0.0),
         peak_memory_bytes=clocks.peak_memory_bytes(),
         invalid=tuple(dict.fromkeys(faults)),
     )
@@ -114,6 +119,10 @@ def _cpu(clocks: Clocks, faults: list[str]) -> float | None:
     except MeterError as error:
         faults.append(str(error))
         return None
+
+
+def _since(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before
 
 
 def difference(before: Mapping[str, Reading], after: Mapping[str, Reading]) -> dict[str, Energy]:

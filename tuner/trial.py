@@ -160,6 +160,8 @@ class Measurement:
     meter: str
     cpu_seconds: float | None = None
     """CPU time of the worker and its children inside the window."""
+    other_cpu_seconds: float | None = None
+    """CPU time that everything else on the machine used inside the window."""
     peak_memory_bytes: int | None = None
     """Largest resident set of the worker so far."""
     invalid: tuple[str, ...] = ()

@@ -79,11 +79,12 @@ def process_clocks() -> Clocks:
     """Time and memory of this process and everything below it."""
     import resource
 
-    from tuner.meters.estimate import TreeCpu
+    from tuner.meters.estimate import TreeCpu, busy_cpu_seconds
 
     tree = TreeCpu()
     return Clocks(
         cpu_seconds=tree.seconds,
+        busy_cpu_seconds=busy_cpu_seconds,
         # ru_maxrss is in KiB on Linux (getrusage(2)); children count once they were waited for.
         peak_memory_bytes=lambda: (
             1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

@@ -213,3 +213,12 @@ class TreeCpu:
             return _Spent(time.process_time(), children.ru_utime + children.ru_stime, bequeaths)
         times = process.cpu_times()
         return _Spent(times.user + times.system, times.children_user + times.children_system, bequeaths)
+
+
+def busy_cpu_seconds() -> float:
+    """CPU time that the whole machine has used since boot, in seconds.
+
+    Without idling and waiting for disks, and without guests, which count as `user` already (proc(5)).
+    """
+    times = psutil.cpu_times()
+    return sum(float(getattr(times, kind, 0.0)) for kind in ("user", "nice", "system", "irq", "softirq"))
