@@ -1,6 +1,6 @@
 import pytest
 
-from tuner.assemble import choose_proposer, prepare, view_of
+from tuner.assemble import choose_proposer, free_name, llm_proposer, prepare, results_folder, view_of
 from tuner.journal import Header
 from tuner.meters import MeterOptions
 from tuner.space import Refused
@@ -26,9 +26,12 @@ def runner(tmp_path):
     return path
 
 
+said: list[str] = []
+
+
 def ready(runner, **more):
     header = Header(name="s", workload=str(runner), target=Target(), proposer="rules", **more)
-    return prepare(header, meter="estimate", options=MeterOptions(), require_measured=False)
+    return prepare(header, meter="estimate", options=MeterOptions(), say=said.append)
 
 
 def test_what_the_meter_is_blind_to_stays_at_its_default_and_is_said(runner):
@@ -56,10 +59,19 @@ def test_a_default_outside_the_range_that_was_asked_for_moves_and_is_said(runner
     assert "batch starts at 6: its default 4 is outside 6..8" in bench.notes
 
 
-def test_a_runner_in_the_current_folder_is_named_with_its_path(runner, monkeypatch):
-    monkeypatch.chdir(runner.parent)
-    assert f"runner from this folder: {runner}" in ready(runner)[1].notes
-    monkeypatch.chdir("/")
+def test_code_that_did_not_come_with_tune_is_named_before_it_runs(runner):
+    said.clear()
+    runner.write_text("raise SystemError('at once')")
+    with pytest.raises(Refused, match="at once"):
+        ready(runner)
+    assert said == [f"running the code of {runner}"]
+
+
+@pytest.mark.parametrize("question", ["space", "identity"])
+def test_what_a_runner_did_not_mean_to_raise_is_a_sentence_that_names_it(runner, question):
+    runner.write_text(f"{RUNNER}\ndef {question}(target): return 1 / 0\n")
+    with pytest.raises(Refused, match=rf"mine.py: its {question}\(\) failed .ZeroDivisionError"):
+        ready(runner)
 
 
 def test_the_header_holds_what_was_found_out(runner):
@@ -95,6 +107,39 @@ def test_without_a_key_a_person_is_asked_and_otherwise_rules_take_over_with_a_wa
     alone = choose_proposer(proposer=None, llm=None, template=None, offer=None)
     assert alone.proposer == "rules"
     assert "NO LLM IS IN USE" in alone.warning
+
+
+def test_asking_for_an_llm_without_a_key_is_not_answered_with_rules(no_keys):
+    with pytest.raises(Refused, match="--proposer llm: which one"):
+        choose_proposer(proposer="llm", llm=None, template=None, offer=None)
+
+
+def test_a_server_without_a_model_is_refused(no_keys):
+    with pytest.raises(Refused, match="--base-url: name the model"):
+        choose_proposer(proposer="rules", llm=None, template=None, base_url="http://localhost:1/v1", offer=None)
+
+
+def test_a_name_that_is_taken_gets_a_number_and_no_character_that_a_folder_cannot_have(tmp_path):
+    assert free_name(tmp_path, "my engine-rules") == "my-engine-rules"
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s-2").mkdir()
+    assert free_name(tmp_path, "s") == "s-3"
+
+
+def test_a_folder_that_a_crash_left_without_a_journal_is_free(tmp_path):
+    (tmp_path / "s").mkdir()
+    assert results_folder(tmp_path, "s") == tmp_path / "s"
+    (tmp_path / "s" / "journal.jsonl").touch()
+    with pytest.raises(Refused, match="--resume"):
+        results_folder(tmp_path, "s")
+
+
+def test_a_template_that_fails_only_once_there_is_a_history_is_refused_at_the_start(runner, tmp_path):
+    template = tmp_path / "own.md.j2"
+    template.write_text("{% if history.best %}{{ history.best.nonsense }}{% endif %}")
+    header, bench = ready(runner, template=str(template))
+    with pytest.raises(Refused, match="nonsense"):
+        llm_proposer(header, bench, None)
 
 
 def test_naming_a_classical_proposer_asks_for_no_key(no_keys):

@@ -275,6 +275,10 @@ REFUSED = [
     ),
     (["run", "--resume", "results/none"], "no study here"),
     (["run", "--force", *QUICK], "--resume"),
+    (["run", *QUICK, "--proposer", "rules"], "nobody can be asked"),
+    (["run", *QUICK, "--proposer", "llm", "--batch"], "--proposer llm: which one"),
+    (["run", *QUICK, "--proposer", "rules", "--batch", "--base-url", "http://127.0.0.1:1/v1"], "--base-url"),
+    (["run", *QUICK, "--proposer", "rules", "--batch", "--timeout", "9" * 400], "90s, 20m or 2h"),
     (["report", "results/none"], "no study here"),
     (["prompt", "results/none"], "no study here"),
 ]
@@ -302,6 +306,75 @@ def test_a_study_is_not_overwritten():
     done = run("--proposer", "rules", trials=1)
     assert done.returncode == 2
     assert "tune run --resume results/s" in done.stderr
+
+
+def test_what_a_resume_changes_holds_for_later_resumes_and_reports():
+    run("--proposer", "sobol", trials=2)
+    assert tune("run", "--resume", "results/s", "--batch", "--trials", 3).returncode == 0
+    assert len(study().history) == 3
+    assert study().header.trials == 3
+    refused = tune("run", "--resume", "results/s", "--batch", "--threshold", "80%")
+    assert refused.returncode == 2
+    refused = tune("run", "--resume", "results/s", "--batch", "--template", "baseline")
+    assert refused.returncode == 2
+    assert "a study of sobol, which uses no LLM" in refused.stderr
+    assert study().header.trials == 3
+
+
+def test_a_runner_of_the_current_folder_runs_only_when_it_is_named_and_its_path_is_printed_first():
+    Path("runners").mkdir()
+    Path("runners/llama.py").write_text("raise RuntimeError('mine')")
+    named = tune("run", "--workload", "llama", "--proposer", "rules", "--batch")
+    assert f"running the code of {Path('runners/llama.py').absolute()}" in named.stderr
+    assert "RuntimeError: mine" in named.stderr
+    unnamed = tune("run", "--size", "none", "--proposer", "rules", "--batch")
+    assert "mine" not in unnamed.stderr
+    assert "--size none" in unnamed.stderr
+
+
+def test_a_study_is_resumed_from_another_folder(tmp_path):
+    shutil.copy(ENGINE, "mine.py")
+    assert (
+        tune(
+            "run",
+            *["./mine.py" if a == str(ENGINE) else a for a in QUICK],
+            "--proposer",
+            "rules",
+            "--batch",
+            "--trials",
+            2,
+            "--confirm-pairs",
+            0,
+            "--name",
+            "s",
+        ).returncode
+        == 0
+    )
+    Path("elsewhere").mkdir()
+    again = tune("run", "--resume", "../results/s", "--batch", "--trials", 3, cwd="elsewhere")
+    assert again.returncode == 0, again.stderr
+    assert len(study().history) == 3
+
+
+def test_a_study_in_which_nothing_could_be_measured_ends_with_code_1():
+    assert run("--proposer", "rules", "--size", "wild", "--pin", "mode=raise", trials=2).returncode == 1
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored():
+    process = start(
+        "--proposer",
+        "rules",
+        "--trials",
+        3,
+        "--name",
+        "s",
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    wait_for_trials(1)
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert len(study().history) == 3
 
 
 def test_an_option_that_a_resumed_study_cannot_change_is_refused():

@@ -12,7 +12,9 @@ from tuner.trial import Target
 
 def pair(number, default, best, quality=None):
     best_trial = trial(1, {"parallel": 8}, (best,)) if best else trial(1, {"parallel": 8}, error="crash")
-    return Pair(number=number, default=trial(0, joules=(default,)), best=best_trial, default_first=True, config={})
+    return Pair(
+        number=number, default=trial(0, joules=(default,)), best=best_trial, default_first=True, config={}, planned=4
+    )
 
 
 def test_the_saving_is_one_minus_the_geometric_mean_of_the_pairs_ratios():
@@ -64,21 +66,23 @@ def test_pairs_are_in_abba_order_so_that_steady_drift_cancels():
 
 
 @pytest.mark.parametrize(
-    ("pairs", "asked", "sentence"),
+    ("pairs", "planned", "sentence"),
     [
         ([], 0, "Not confirmed, so no saving is claimed."),
-        ([], 4, "No saving shown: the confirmation could not be measured."),
+        ([], 4, "No saving is claimed: 0 of 4 fresh pairs are done."),
+        ([pair(0, 1, 0.5)] * 3, 4, "No saving is claimed: 3 of 4 fresh pairs are done."),
+        ([pair(n, 1, None) for n in range(4)], 4, "No saving shown: the confirmation could not be measured."),
         ([pair(n, 1, 1 + 0.01 * (-1) ** n) for n in range(4)], 4, "No saving shown (95 % CI"),
-        ([pair(n, 1, 0.7 + 0.001 * n) for n in range(4)], 4, "Saves 29.9 % (95 % CI 29.6 % to 30.1 %, 4 fresh pairs)."),
+        ([pair(n, 1, 0.7 + 0.001 * n) for n in range(4)], 4, "Saves 30 % (95 % CI 30 % to 30 %, 4 fresh pairs)."),
     ],
 )
-def test_the_last_sentence_follows_from_the_pairs_alone(pairs, asked, sentence):
-    assert verdict(saving(pairs), asked).startswith(sentence)
+def test_the_last_sentence_follows_from_the_pairs_alone(pairs, planned, sentence):
+    assert verdict(saving(pairs), len(pairs), planned).startswith(sentence)
 
 
 def test_an_estimated_saving_is_called_estimated():
     measured = [pair(n, 1, 0.7 + 0.001 * n) for n in range(3)]
-    assert "estimated" not in verdict(saving(measured), 3)
+    assert "estimated" not in verdict(saving(measured), 3, 3)
     from records import window
 
     from tuner.trial import Trial
@@ -90,11 +94,18 @@ def test_an_estimated_saving_is_called_estimated():
         )
 
     pairs = [
-        Pair(number=p.number, default=estimated(p.default), best=estimated(p.best), default_first=True, config={})
+        Pair(
+            number=p.number,
+            default=estimated(p.default),
+            best=estimated(p.best),
+            default_first=True,
+            config={},
+            planned=4,
+        )
         for p in measured
     ]
-    assert verdict(saving(pairs), 3).startswith("Saves an estimated")
-    assert "not measured" in verdict(saving(pairs), 3)
+    assert verdict(saving(pairs), 3, 3).startswith("Saves an estimated")
+    assert "not measured" in verdict(saving(pairs), 3, 3)
 
 
 class Recorder(Launcher):
@@ -108,17 +119,36 @@ def test_confirming_runs_both_sides_afresh_in_abba_order_and_goes_on_where_it_wa
         folder=tmp_path, runner=tmp_path, target=Target(), meters=(), meter_options={}, plan=Plan(), segment=0
     )
     default, best = trial(0), trial(3, {"parallel": 8}, (0.7,))
+
+    def cut_short(number):
+        if number == 1:
+            raise KeyboardInterrupt
+
     with Journal.create(tmp_path, Header(name="s", workload="w", target=Target(), proposer="p")) as journal:
-        confirm(journal, launcher, default, best, 1, lambda n: None)
+        with pytest.raises(KeyboardInterrupt):
+            confirm(journal, launcher, default, best, 3, cut_short)
+        assert concluded(journal.study) == "No saving is claimed: 1 of 3 fresh pairs are done."
         began = []
         found = confirm(journal, launcher, default, best, 3, began.append)
         assert began == [1, 2]
         assert found.pairs == 3
-        assert len(pairs_of(journal.study, best.config)) == 3
-        assert pairs_of(journal.study, default.config) == []
-        assert concluded(journal.study) == verdict(found, 3)
+        assert len(pairs_of(journal.study, best.config, 3)) == 3
+        assert pairs_of(journal.study, default.config, 3) == []
+        assert concluded(journal.study) == verdict(found, 3, 3)
     assert [n for n, _ in launcher.meter_options["order"]] == [0, 3, 3, 0, 0, 3]
     assert launcher.meter_options["order"][-1] == (3, "confirm-3.log")
+
+
+def test_asking_for_more_pairs_after_a_look_is_another_plan_that_starts_anew(tmp_path):
+    launcher = Recorder(
+        folder=tmp_path, runner=tmp_path, target=Target(), meters=(), meter_options={}, plan=Plan(), segment=0
+    )
+    default, best = trial(0), trial(3, {"parallel": 8}, (0.7,))
+    with Journal.create(tmp_path, Header(name="s", workload="w", target=Target(), proposer="p")) as journal:
+        confirm(journal, launcher, default, best, 2, lambda n: None)
+        began = []
+        confirm(journal, launcher, default, best, 3, began.append)
+    assert began == [0, 1, 2]
 
 
 def test_a_study_without_pairs_concludes_nothing(tmp_path):

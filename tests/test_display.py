@@ -386,10 +386,10 @@ def test_help_names_every_key():
 def test_an_edit_becomes_a_proposal_of_the_persons(typed):
     decision = Desk(typed).decide()
     assert decision.action == "edit"
-    assert decision.proposal.config == {**PROPOSAL.config, "parallel": 16}
-    assert (decision.proposal.source, decision.proposal.in_place_of) == ("human", "llm")
-    assert decision.proposal.reason == "edited by the person: parallel 8 -> 16"
-    assert decision.proposal.predicted_joules_per_unit is None, "the prediction was for another configuration"
+    assert decision.edited.config == {**PROPOSAL.config, "parallel": 16}
+    assert (decision.edited.source, decision.edited.in_place_of) == ("human", "llm")
+    assert decision.edited.reason == "edited by the person: parallel 8 -> 16"
+    assert decision.edited.predicted_joules_per_unit is None, "the prediction was for another configuration"
 
 
 def test_the_prompts_that_led_to_an_edited_proposal_stay_counted():
@@ -411,7 +411,7 @@ def test_an_edit_that_does_not_fit_is_explained_and_asked_again(line, fault):
     desk = Desk(f"e {line}\nparallel=16 threads=1\n\n")
     decision = desk.decide()
     assert fault in one_line(desk.err)
-    assert (decision.action, decision.proposal.config["parallel"]) == ("edit", 16)
+    assert (decision.action, decision.edited.config["parallel"]) == ("edit", 16)
 
 
 @pytest.mark.parametrize("typed", ["e\nq\na\n", "e\n\na\n", "e parallel=8\na\n"])

@@ -69,6 +69,8 @@ def test_the_phases_of_a_trial_are_reported_with_its_number(tmp_path):
         ("abort", "killed by SIGABRT (it gave up: see the log)"),
         ("exit", "exit status 7"),
         ("memory", "out of memory"),
+        ("nothing", "the engine reported 0 tokens for a pass"),
+        ("nan", "the runner reported what cannot be recorded"),
     ],
 )
 def test_what_an_engine_does_to_itself_is_the_cause_of_a_failed_trial(tmp_path, mode, cause):
@@ -124,6 +126,34 @@ launcher(Path({str(tmp_path)!r}))(0, proposal("hang"))
     gone, left = psutil.wait_procs(workers, timeout=5)
     assert gone
     assert not left
+
+
+def test_the_engines_own_processes_end_when_the_tuner_is_killed(tmp_path):
+    note = tmp_path / "pid"
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_evaluate import launcher, proposal, Target
+launcher(Path({str(tmp_path)!r}), target=Target(model={str(note)!r}))(0, proposal("parent"))
+"""
+    tuner = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 10
+    while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    pid = int(note.read_text())
+    assert alive(pid)
+    tuner.kill()
+    tuner.wait()
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not alive(pid)
+
+
+def test_windows_that_were_measured_before_the_engine_failed_are_kept_and_do_not_count(tmp_path):
+    trial = launcher(tmp_path, plan=Plan(windows=50, window_seconds=0.0, timeout_seconds=30))(0, proposal("late"))
+    assert "the engine tired" in trial.error
+    assert len(trial.measurements) == 3
+    assert trial.joules_per_unit is None
 
 
 def test_ctrl_c_ends_the_worker_before_it_leaves(tmp_path):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tuner.journal import (
     NAME,
+    Changes,
     End,
     Header,
     Journal,
@@ -68,7 +69,15 @@ events = st.one_of(
     decisions,
     st.builds(Pending, number=st.integers(0, 9), proposal=proposals),
     st.builds(End, kind=st.sampled_from(["goal", "budget"]), reason=text),
-    st.builds(Pair, number=st.integers(0, 9), default=trials, best=trials, default_first=st.booleans(), config=configs),
+    st.builds(
+        Pair,
+        number=st.integers(0, 9),
+        default=trials,
+        best=trials,
+        default_first=st.booleans(),
+        config=configs,
+        planned=st.just(4),
+    ),
 )
 
 
@@ -188,6 +197,44 @@ def test_a_deleted_folder_is_written_again_with_every_line(folder):
         folder.rmdir()
         journal.append(some_trial(1))
     assert [t.number for t in read(folder).history.trials] == [0, 1]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_ctrl_c_in_the_middle_of_an_append_keeps_the_line_and_the_journal(folder, monkeypatch, moment):
+    real, struck = os.fsync, []
+
+    def interrupted(descriptor):
+        if moment == "after":
+            real(descriptor)
+        if not struck:
+            struck.append(True)
+            raise KeyboardInterrupt
+
+    with Journal.create(folder, HEADER) as journal:
+        journal.append(some_trial(0))
+        monkeypatch.setattr(os, "fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            journal.append(some_trial(1))
+        monkeypatch.undo()
+        journal.append(Decision(action="stop", before_trial=2))
+        assert read(folder) == journal.study
+    assert [t.number for t in read(folder).history.trials] == [0, 1]
+
+
+def test_a_journal_that_somebody_cut_while_it_is_open_is_put_right(folder):
+    with Journal.create(folder, HEADER) as journal:
+        journal.append(some_trial(0))
+        os.truncate(folder / NAME, 10)
+        journal.append(some_trial(1))
+    assert [t.number for t in read(folder).history.trials] == [0, 1]
+
+
+def test_changes_of_a_resumed_study_hold_from_then_on(folder):
+    with Journal.create(folder, HEADER) as journal:
+        journal.append(Changes(trials=20, threshold="0.5x"))
+        journal.append(Changes(confirm_pairs=8))
+    header = read(folder).header
+    assert (header.trials, header.threshold, header.confirm_pairs, header.proposer) == (20, "0.5x", 8, "rules")
 
 
 def test_a_study_is_never_created_over_another(folder):

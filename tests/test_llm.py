@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import SPACE, trial
 
+from tuner import summary
 from tuner.files import find
 from tuner.proposers import open_classical
 from tuner.proposers.llm import REFUSALS, Llm, View, fence, read_template, remembers, render
@@ -112,6 +113,33 @@ def test_a_flood_is_not_sent_back_in_full():
 def test_a_chat_that_stays_away_is_not_replaced_silently():
     with pytest.raises(ChatError, match="HTTP 429"):
         llm(QueueChat(ChatError("HTTP 429"))).propose(SPACE, PAST)
+
+
+def test_what_was_paid_for_is_not_forgotten_when_the_chat_stays_away():
+    lost = []
+    with pytest.raises(ChatError):
+        llm(QueueChat("no", ChatError("gone")), lose=lost.append).propose(SPACE, PAST)
+    (one,) = lost
+    assert (one.before_trial, [e.reply.text for e in one.exchanges], bool(one.exchanges[0].fault)) == (2, ["no"], True)
+    assert summary.usage(PAST.add(one)).output_tokens == 10
+
+
+def test_what_the_program_says_of_itself_is_not_told_as_the_persons_words():
+    history = PAST.add(Decision(action="stop", before_trial=2, remark="interrupted")).add(
+        Decision(action="resume", before_trial=2)
+    )
+    assert prompt_of(ENHANCED, history) == prompt_of(ENHANCED, PAST)
+
+
+def test_the_last_lines_of_a_failed_engines_log_are_quoted_as_data():
+    failed = replace(trial(2, {"parallel": 32}, error="the engine gave up"), log=("loading", "", "``` cannot allocate"))
+    assert "````text\nthe engine gave up\nloading\n``` cannot allocate\n````" in prompt_of(ENHANCED, PAST.add(failed))
+
+
+@pytest.mark.parametrize("template", [ENHANCED, BASELINE])
+def test_a_remark_is_told_in_a_later_segment_too(template):
+    history = PAST.add(trial(2, segment=1)).add(Decision(action="remark", before_trial=3, remark="mind the fan"))
+    assert "mind the fan" in prompt_of(template, history)
 
 
 def test_each_prompt_is_kept_before_it_is_sent_and_each_answer_after():

@@ -41,7 +41,7 @@ def clocks_of(clock):
 
 def run(meter, plan, *, clock=None, engine=None, report=lambda phase: None):
     clock = clock or Clock()
-    return measure(engine or Engine(clock), meter, plan, clocks_of(clock), report)
+    return tuple(measure(engine or Engine(clock), meter, plan, clocks_of(clock), report))
 
 
 def test_a_window_holds_whole_passes_and_lasts_at_least_as_long_as_asked():
@@ -120,6 +120,15 @@ def test_a_machine_that_slept_makes_the_window_invalid():
 
 def test_an_estimate_of_zero_joules_is_not_called_a_stuck_counter():
     assert implausible({"cpu0": Energy(0.0, 0.0, 0.0)}, 1.0, measured=False) == []
+
+
+@pytest.mark.parametrize("units", [0, -3])
+def test_a_pass_without_output_is_no_measurement(units):
+    clock = Clock()
+    engine = Engine(clock)
+    engine.run_pass = lambda: Work(units=units)
+    with pytest.raises(RuntimeError, match=f"reported {units} tokens for a pass"):
+        run(Burner(clock), Plan(windows=1), clock=clock, engine=engine)
 
 
 def test_what_others_used_is_the_machines_cpu_time_less_our_own():

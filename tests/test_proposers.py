@@ -70,7 +70,7 @@ class TestDefaultFirst(ProposerContract):
     # The default comes first here: its source is `default`, not that of the wrapped proposer.
     def test_it_goes_on_while_every_trial_fails(self):
         history = study(self.open(0), SPACE, lambda _: None, 12, History())
-        assert [t.proposal.source for t in history.trials] == ["default"] + ["random"] * 11
+        assert [t.proposal.source for t in history.trials] == ["default"] * 2 + ["random"] * 10
 
 
 # --- opening ---------------------------------------------------------------------------------
@@ -119,8 +119,13 @@ def test_the_default_is_the_first_trial():
     assert proposal.source == "default"
 
 
-def test_a_default_that_failed_is_not_tried_again():
-    history = ran(SPACE, ({}, None))
+def test_a_default_that_failed_is_tried_once_more_because_everything_is_held_against_it():
+    proposal = DefaultFirst(open_classical("random", 0)).propose(SPACE, ran(SPACE, ({}, None)))
+    assert (proposal.source, proposal.config) == ("default", SPACE.default())
+
+
+def test_a_default_that_failed_twice_is_not_tried_again():
+    history = ran(SPACE, ({}, None), ({}, None))
     inner = open_classical("random", 0)
     assert DefaultFirst(inner).propose(SPACE, history) == inner.propose(SPACE, history)
 

@@ -57,7 +57,7 @@ def test_an_accepted_proposal_runs_as_it_is():
 
 
 def test_an_edited_proposal_runs_as_edited():
-    person = Person(says("edit", proposal=B))
+    person = Person(says("edit", edited=B))
     assert person.reviewing(Inner(A)).propose(SPACE, STARTED) is B
 
 

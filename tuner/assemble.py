@@ -6,22 +6,41 @@ was interrupted. Nothing here writes anything: all that can be refused is refuse
 
 from __future__ import annotations
 
-import os
+import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from tuner import machine
-from tuner.files import find, load_runner
+from tuner.files import find, load_runner, shipped
+from tuner.journal import NAME as JOURNAL
 from tuner.journal import Header, Segment, Study
 from tuner.meters import MeterChoice, MeterOptions, choose
 from tuner.proposers import CLASSICAL, open_classical
 from tuner.proposers.first import DefaultFirst
-from tuner.proposers.llm import Keep, Llm, View, forget, read_template, render
+from tuner.proposers.llm import Keep, Llm, Lose, View, forget, nobody, read_template, render
 from tuner.proposers.review import forbidden
 from tuner.space import Refused, SearchSpace, excerpt, show
 from tuner.study import Threshold
-from tuner.trial import Chat, ChatError, History, Message, Proposer, Reply, Runner
+from tuner.trial import (
+    Chat,
+    ChatError,
+    Decision,
+    Energy,
+    History,
+    Measurement,
+    Message,
+    Proposal,
+    Proposer,
+    Reply,
+    Runner,
+    Trial,
+    Work,
+)
+
+T = TypeVar("T")
 
 DEFAULT_TEMPLATE = "enhanced"
 
@@ -43,14 +62,19 @@ class Bench:
     """What was decided on the way and a person should read."""
 
 
-def prepare(header: Header, *, meter: str, options: MeterOptions, require_measured: bool) -> tuple[Header, Bench]:
+Say = Callable[[str], None]
+
+
+def prepare(header: Header, *, meter: str, options: MeterOptions, say: Say) -> tuple[Header, Bench]:
     """The bench of a new study, and the header with all that was found out.
+
+    `say` is told what a person should know before it happens.
 
     Raises:
         Refused: the workload, the model, a pin, a range or the meter cannot be had.
     """
-    meters = choose(meter, options, require_measured=require_measured)
-    bench = _bench(header, meters)
+    meters = choose(meter, options, require_measured=header.require_measured)
+    bench = _bench(header, meters, say)
     return (
         replace(
             header,
@@ -66,7 +90,7 @@ def prepare(header: Header, *, meter: str, options: MeterOptions, require_measur
     )
 
 
-def reopen(study: Study, *, force: bool) -> tuple[Bench, Segment | None]:
+def reopen(study: Study, *, force: bool, say: Say) -> tuple[Bench, Segment | None]:
     """The bench of a study that goes on, and the new segment when it goes on elsewhere.
 
     Raises:
@@ -76,12 +100,12 @@ def reopen(study: Study, *, force: bool) -> tuple[Bench, Segment | None]:
     options = MeterOptions.from_record(header.meter_options)
     spec = "+".join(study.segments[-1].meters if study.segments else header.meters)
     try:
-        meters = choose(spec, options, require_measured=False)
+        meters = choose(spec, options, require_measured=header.require_measured)
     except Refused:
         if not force:
             raise
-        meters = choose("auto", options, require_measured=False)
-    bench = _bench(header, meters)
+        meters = choose("auto", options, require_measured=header.require_measured)
+    bench = _bench(header, meters, say)
     differences = [
         *machine.differences(study.machine, bench.machine, machine.MUST_MATCH),
         *machine.differences(study.identity, bench.identity, sorted({*study.identity, *bench.identity})),
@@ -108,11 +132,13 @@ def reopen(study: Study, *, force: bool) -> tuple[Bench, Segment | None]:
     )
 
 
-def _bench(header: Header, meters: MeterChoice) -> Bench:
-    path = find("runners", header.workload)
+def _bench(header: Header, meters: MeterChoice, say: Say) -> Bench:
+    path = find("runners", header.workload, local=False)
+    if not shipped(path):
+        say(f"running the code of {path}")
     runner = load_runner(path)
-    notes = [f"runner from this folder: {path}"] if path.is_relative_to(Path.cwd()) else []
-    space = runner.space(header.target)
+    notes: list[str] = []
+    space = asked(path, "space", lambda: runner.space(header.target))
     for option, assignments, change in (
         ("--pin", header.pins, SearchSpace.pin),
         ("--range", header.ranges, SearchSpace.narrow),
@@ -138,9 +164,19 @@ def _bench(header: Header, meters: MeterChoice) -> Bench:
         space=space,
         meters=meters,
         machine={**machine.describe(), **_boards(meters)},
-        identity=runner.identity(header.target),
+        identity=asked(path, "identity", lambda: runner.identity(header.target)),
         notes=tuple(notes),
     )
+
+
+def asked(runner: Path, question: str, answer: Callable[[], T]) -> T:
+    """What a runner answers; what it did not mean to raise becomes a sentence that names it."""
+    try:
+        return answer()
+    except Refused:
+        raise
+    except Exception as error:
+        raise Refused(f"{runner}: its {question}() failed ({type(error).__name__}: {error})") from error
 
 
 def _boards(meters: MeterChoice) -> dict[str, str]:
@@ -191,7 +227,12 @@ class Choice:
 
 
 def choose_proposer(
-    *, proposer: str | None, llm: str | None, template: str | None, offer: Callable[[], str] | None
+    *,
+    proposer: str | None,
+    llm: str | None,
+    template: str | None,
+    base_url: str | None = None,
+    offer: Callable[[], str] | None,
 ) -> Choice:
     """Who proposes, given what was asked for and what is there.
 
@@ -199,10 +240,13 @@ def choose_proposer(
         proposer: a classical proposer's name, or None or `llm` for a chat model.
         llm: a chat's specification, or None to take the provider whose key is in the environment.
         template: the prompt's name or path.
+        base_url: the server of a compatible model.
         offer: asks the person for `paste` or `rules`; None where nobody can be asked.
     """
     from tuner.chats import from_environment
 
+    if base_url and not llm:
+        raise Refused("--base-url: name the model of that server too, with --llm openai:MODEL")
     if proposer not in (None, "llm"):
         if llm or template:
             given = f"--llm {llm}" if llm else f"--template {template}"
@@ -211,8 +255,13 @@ def choose_proposer(
             raise Refused(f"unknown proposer {excerpt(proposer)} (there is llm, {', '.join(CLASSICAL)})")
         return Choice(proposer=str(proposer))
     name = template or DEFAULT_TEMPLATE
-    find("prompts", name)
+    find("prompts", name, local=False)
     chosen = llm or from_environment()
+    if chosen is None and proposer == "llm":
+        raise Refused(
+            "--proposer llm: which one? Pass --llm openai:MODEL, anthropic:MODEL or paste,"
+            " or set OPENAI_API_KEY or ANTHROPIC_API_KEY"
+        )
     if chosen is None and offer is not None and (chosen := offer()) == "rules":
         return Choice(proposer="rules")
     if chosen is None:
@@ -225,20 +274,41 @@ def choose_proposer(
     return Choice(proposer="llm", llm=chosen, template=name)
 
 
-def open_proposer(header: Header, bench: Bench, chat: Chat | None, keep: Keep) -> Proposer:
+def open_proposer(
+    header: Header, bench: Bench, chat: Chat | None, keep: Keep = forget, lose: Lose = nobody
+) -> Proposer:
     """The proposer that the header names, with the default configuration first."""
     if header.proposer != "llm":
         return DefaultFirst(open_classical(header.proposer, header.seed))
     assert chat is not None
-    return DefaultFirst(llm_proposer(header, bench, chat, keep))
+    return DefaultFirst(llm_proposer(header, bench, chat, keep, lose))
 
 
-def llm_proposer(header: Header, bench: Bench, chat: Chat, keep: Keep) -> Llm:
-    """The LLM with its template, tried once on an empty history: a broken template is refused at the start."""
-    template = find("prompts", header.template or DEFAULT_TEMPLATE)
+def llm_proposer(header: Header, bench: Bench, chat: Chat, keep: Keep = forget, lose: Lose = nobody) -> Llm:
+    """The LLM with its template, tried on an empty and a made-up history: a broken template is refused at the start."""
+    template = find("prompts", header.template or DEFAULT_TEMPLATE, local=False)
     view = view_of(header, bench)
-    render(read_template(template), template, view.of(bench.space, History()))
-    return Llm(chat=chat, template=template, fallback=open_classical("rules", header.seed), view=view, keep=keep)
+    text = read_template(template)
+    for history in (History(), _rehearsal(bench.space)):
+        render(text, template, view.of(bench.space, history))
+    return Llm(
+        chat=chat, template=template, fallback=open_classical("rules", header.seed), view=view, keep=keep, lose=lose
+    )
+
+
+def _rehearsal(space: SearchSpace) -> History:
+    """A made-up history with one of everything, so that a template's mistake shows before the first trial."""
+    proposal = Proposal(config=space.default(), source="default")
+    energy = {"cpu0": Energy(1.0, 1.0, 1.0)}
+    window = Measurement(work=Work(units=1), seconds=1.0, energy=energy, quality="simulated", meter="none")
+    measured = Trial(number=0, config=space.default(), proposal=proposal, measurements=(window, window))
+    history = History().add(measured).add(replace(measured, number=1, measurements=(), error="failed", log=("line",)))
+    for action in ("remark", "reject", "edit"):
+        history = history.add(
+            Decision(action=action, before_trial=2, remark="remark", proposal=proposal, edited=proposal)
+        )
+    name = space.free[0].name
+    return history.add(Decision(action="forbid", before_trial=2, parameter=name, value=space.default()[name]))
 
 
 def view_of(header: Header, bench: Bench) -> View:
@@ -267,26 +337,33 @@ class _NoChat:
         raise ChatError("nothing is sent")
 
 
-def next_messages(study: Study, template: str | None) -> list[Message]:
+def next_messages(study: Study, template: str | None, say: Say) -> list[Message]:
     """The exact messages that the next proposal of `study` would send."""
     header = replace(study.header, template=template or study.header.template or DEFAULT_TEMPLATE)
-    bench, _ = reopen(study, force=True)
-    llm = llm_proposer(header, bench, _NoChat(), forget)
+    bench, _ = reopen(study, force=True, say=say)
+    llm = llm_proposer(header, bench, _NoChat())
     history = study.history
     return llm.messages(forbidden(bench.space, history.decisions), history)
 
 
 def results_folder(results: Path, name: str) -> Path:
-    """The folder of a new study, made and empty.
+    """The folder of a new study, there and without a journal.
 
     Raises:
-        Refused: it exists, or cannot be made.
+        Refused: it holds a study, or cannot be made.
     """
     folder = results / name
-    if folder.exists():
+    if (folder / JOURNAL).exists():
         raise Refused(f"{folder}: there is a study of that name; go on with `tune run --resume {folder}`")
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Refused(f"{folder}: {os.strerror(error.errno or 0)}; choose another place with --results") from error
+        raise Refused(f"{folder}: {error.strerror}; choose another place with --results") from error
     return folder
+
+
+def free_name(results: Path, wanted: str) -> str:
+    """`wanted` in characters that a folder's name may have, with a number where it is taken."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", wanted).strip(".-") or "study"
+    candidates = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    return next(candidate for candidate in candidates if not (results / candidate).exists())

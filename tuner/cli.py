@@ -2,13 +2,15 @@
 
 Results go to standard output, progress and warnings to standard error. Exit codes: 0 the goal was
 reached (or there was none to miss), 1 something failed, 2 the command was wrong, 3 the budget was
-spent before the goal, 130 and 143 interrupted. Whatever happens, finished trials are kept.
+spent before the goal or the confirmation did not show it, 130 and 143 interrupted. Whatever happens,
+finished trials are kept.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import re
 import signal
 import sys
@@ -26,8 +28,10 @@ from tuner.space import Refused
 
 if TYPE_CHECKING:
     from tuner.assemble import Bench
+    from tuner.confirm import Saving
     from tuner.display import Screen
-    from tuner.journal import End, Header, Journal
+    from tuner.files import Kind
+    from tuner.journal import Changes, End, Header, Journal
     from tuner.trial import Chat
 
 app = typer.Typer(
@@ -105,7 +109,8 @@ def run(
         typer.Option(min=1, help=f"Stop after so many trials, the default's included. [default: {DEFAULT_TRIALS}]"),
     ] = None,
     time_limit: Annotated[
-        str | None, typer.Option("--time", metavar="TIME", help="Stop after `90s`, `20m` or `2h`.")
+        str | None,
+        typer.Option("--time", metavar="TIME", help="Stop when the trials took `90s`, `20m` or `2h` together."),
     ] = None,
     meter: Annotated[
         str, typer.Option(help="Where energy is read: `auto`, `nvml`, `rapl`, `nvml+rapl` or `estimate`.")
@@ -146,7 +151,7 @@ def run(
     reject it. At the end the best setting is measured afresh against the default.
     """
     from tuner.assemble import choose_proposer
-    from tuner.journal import Header, Plan
+    from tuner.journal import Changes, Header, Plan
     from tuner.trial import Target
 
     with _screen() as screen:
@@ -155,14 +160,14 @@ def run(
             _resume(
                 screen,
                 resume,
-                _Changes(
+                Changes(
                     trials=trials,
                     time_seconds=seconds("--time", time_limit) if time_limit else None,
                     threshold=threshold,
                     confirm_pairs=confirm_pairs,
                     llm=llm,
                     base_url=base_url,
-                    template=template,
+                    template=_lasting("prompts", template, named=True) if template else None,
                 ),
                 batch=batch,
                 force=force,
@@ -170,10 +175,16 @@ def run(
             return
         if force:
             raise Refused("--force: it goes with --resume STUDY")
+        if not batch and not sys.stdin.isatty():
+            raise Refused(
+                "nobody can be asked: standard input is no terminal; add --batch to run every proposal without asking"
+            )
+        if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+            raise Refused(f"--name {name!r}: expected letters, digits, dots, dashes and underscores, at most 100")
         local = Path(model).expanduser() if model else None
         header = Header(
             name=name or "",
-            workload=workload,
+            workload=_lasting("runners", workload, named=_given(context, "workload")),
             target=Target(
                 # A model file is named from where the person stands now; a resume may stand elsewhere.
                 model=str(local.absolute()) if local and local.exists() else model,
@@ -198,11 +209,16 @@ def run(
                 window_seconds=seconds("--window", window),
                 timeout_seconds=seconds("--timeout", timeout),
             ),
+            require_measured=require_measured,
             tune_version=__version__,
             started_unix=time.time(),
         )
         choice = choose_proposer(
-            proposer=proposer, llm=llm, template=template, offer=None if batch else screen.offer_without_llm()
+            proposer=proposer,
+            llm=llm,
+            template=_lasting("prompts", template, named=True) if template else None,
+            base_url=base_url,
+            offer=None if batch else screen.offer_without_llm(),
         )
         header = replace(header, proposer=choice.proposer, llm=choice.llm, template=choice.template)
         _start(
@@ -213,7 +229,6 @@ def run(
             batch=batch,
             meter=meter,
             cpu_watts=cpu_watts,
-            require_measured=require_measured,
         )
 
 
@@ -225,8 +240,7 @@ _ALLOWED_WITH_RESUME = frozenset(
 def _refuse_with_resume(context: typer.Context) -> None:
     """A resumed study keeps its workload, load and measurement: silently ignoring an option would mislead."""
     for option in context.command.params:
-        source = context.get_parameter_source(option.name) if option.name else None
-        if source and source.name == "COMMANDLINE" and option.name not in _ALLOWED_WITH_RESUME:
+        if option.name and option.name not in _ALLOWED_WITH_RESUME and _given(context, option.name):
             raise Refused(
                 f"{option.opts[0]}: a resumed study keeps the setting it was started with;"
                 " leave it out, or start a new study"
@@ -242,19 +256,18 @@ def _start(
     batch: bool,
     meter: str,
     cpu_watts: str | None,
-    require_measured: bool,
 ) -> None:
-    from tuner.assemble import prepare, results_folder
+    from tuner.assemble import free_name, prepare, results_folder
     from tuner.journal import Journal, lock
     from tuner.meters import MeterOptions
     from tuner.study import Threshold
 
     if header.threshold:
         Threshold.parse(header.threshold)
-    header, bench = prepare(
-        header, meter=meter, options=MeterOptions.parse(cpu_watts), require_measured=require_measured
-    )
-    header = replace(header, name=_study_name(header))
+    header, bench = prepare(header, meter=meter, options=MeterOptions.parse(cpu_watts), say=screen.say)
+    if not header.name:
+        parts = (Path(header.workload).stem, Path(header.template or header.proposer).stem.removesuffix(".md"))
+        header = replace(header, name=free_name(results, "-".join((*parts, time.strftime("%Y%m%d-%H%M%S")))))
     chat = _open_chat(screen, header)
     _check_proposer(header, bench, chat)
     folder = results_folder(results, header.name)
@@ -264,46 +277,45 @@ def _start(
         _go(screen, journal, header, bench, chat, batch=batch)
 
 
-def _study_name(header: Header) -> str:
-    name = header.name or "-".join(
-        (Path(header.workload).stem, Path(header.template or header.proposer).stem.removesuffix(".md"), _now())
-    )
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise Refused(f"--name {name!r}: expected letters, digits, dots, dashes and underscores, at most 100")
-    return name
-
-
-def _now() -> str:
-    return time.strftime("%Y%m%d-%H%M%S")
-
-
-class _Changes:
-    """What a resumed study may do differently from here on; None leaves it as it was."""
-
-    def __init__(self, **changes: object) -> None:
-        self.given = {name: value for name, value in changes.items() if value is not None}
-
-    def applied(self, header: Header) -> Header:
-        changed: Header = replace(header, **self.given)  # type: ignore[arg-type]  # names and types are those of Header
-        return changed
-
-
-def _resume(screen: Screen, folder: Path, changes: _Changes, *, batch: bool, force: bool) -> None:
+def _resume(screen: Screen, folder: Path, changes: Changes, *, batch: bool, force: bool) -> None:
     from tuner.assemble import reopen
-    from tuner.journal import Journal, lock, read
-    from tuner.study import resumed
+    from tuner.journal import Changes, Journal, lock, read
+    from tuner.study import Threshold, resumed
 
-    read(folder)
+    recorded = read(folder).header
+    if recorded.proposer != "llm" and (given := changes.llm or changes.base_url or changes.template):
+        raise Refused(f"{given}: {folder} is a study of {recorded.proposer}, which uses no LLM; start a new study")
+    if changes.threshold:
+        Threshold.parse(changes.threshold)
     with lock(folder), Journal.resume(folder) as journal:
-        header = changes.applied(journal.study.header)
-        bench, segment = reopen(journal.study, force=force)
+        bench, segment = reopen(journal.study, force=force, say=screen.say)
+        header = changes.made_to(journal.study.header)
         chat = _open_chat(screen, header)
         _check_proposer(header, bench, chat)
         if segment:
             screen.warn(f"going on as segment {segment.number}: {'; '.join(segment.differences)}")
             journal.append(segment)
+        if changes != Changes():
+            journal.append(changes)
         resumed(journal)
         _go(screen, journal, header, bench, chat, batch=batch)
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    """Whether the person typed this option."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _lasting(kind: Kind, name: str, *, named: bool) -> str:
+    """A name that means the same file from any folder: a shipped one as it is, anything else as its path.
+
+    A file below the current folder is taken for a bare name only when the person typed the name.
+    """
+    from tuner.files import find, shipped
+
+    path = find(kind, name, local=named)
+    return name if "/" not in name and shipped(path) else str(path)
 
 
 def _open_chat(screen: Screen, header: Header) -> Chat | None:
@@ -317,9 +329,8 @@ def _open_chat(screen: Screen, header: Header) -> Chat | None:
 def _check_proposer(header: Header, bench: Bench, chat: Chat | None) -> None:
     """Build the proposer once for nothing: what it refuses is refused before a folder exists."""
     from tuner.assemble import open_proposer
-    from tuner.proposers.llm import forget
 
-    open_proposer(header, bench, chat, forget)
+    open_proposer(header, bench, chat)
 
 
 def _go(screen: Screen, journal: Journal, header: Header, bench: Bench, chat: Chat | None, *, batch: bool) -> None:
@@ -328,15 +339,17 @@ def _go(screen: Screen, journal: Journal, header: Header, bench: Bench, chat: Ch
 
     session = Session(screen=screen, journal=journal, header=header, bench=bench, chat=chat, batch=batch)
     with _signals():
-        end = session.run()
-    raise typer.Exit(_exit_code(end, asked=header.threshold is not None))
+        end, found = session.run()
+    measured = journal.study.history.best is not None
+    raise typer.Exit(_exit_code(end, found, measured=measured, asked=header.threshold is not None))
 
 
-def _exit_code(end: End, *, asked: bool) -> int:
-    """`asked`: whether there was a threshold to reach."""
-    if end.kind in ("failures", "chat"):
+def _exit_code(end: End, found: Saving | None, *, measured: bool, asked: bool) -> int:
+    """`asked`: whether there was a threshold to reach; `found`: what the confirmation showed, where there was one."""
+    if end.kind in ("failures", "chat") or not measured:
         return FAILURE
-    return UNFINISHED if asked and end.kind != "goal" else SUCCESS
+    unconfirmed = found is not None and not found.shown
+    return UNFINISHED if asked and (end.kind != "goal" or unconfirmed) else SUCCESS
 
 
 # --- tune report, prompt, doctor ---------------------------------------------------------------
@@ -379,7 +392,8 @@ def prompt(
     from tuner.journal import read
 
     with _screen() as screen:
-        screen.messages(next_messages(read(study), template))
+        named = _lasting("prompts", template, named=True) if template else None
+        screen.messages(next_messages(read(study), named, screen.say))
 
 
 @app.command()
@@ -412,8 +426,8 @@ def seconds(option: str, text: str) -> float:
     """`90s`, `20m`, `1.5h` or plain seconds, as seconds."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(s|m|h|)\s*", text)
     value = float(match[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
-    if value <= 0:
-        raise Refused(f"{option} {text!r}: expected a time such as 90s, 20m or 2h")
+    if not 0 < value < math.inf:
+        raise Refused(f"{option} {text[:40]!r}: expected a time such as 90s, 20m or 2h")
     return value
 
 
@@ -448,7 +462,8 @@ def _signals() -> Iterator[None]:
     def leave(number: int, _frame: FrameType | None) -> None:
         raise Terminated(number)
 
-    watched = (signal.SIGTERM, signal.SIGHUP)
+    # A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+    watched = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, leave) for number in watched}
     try:
         yield

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 from tuner.evaluate import Launcher
 from tuner.journal import Journal, Pair, Study
-from tuner.space import Config, Value
-from tuner.summary import student_t
+from tuner.space import Value
+from tuner.summary import percent_text, student_t
 from tuner.trial import Proposal, Quality, Trial
 
 
@@ -67,33 +67,39 @@ def _ends(pair: Pair) -> tuple[float, float] | None:
     return (default, best) if default and best else None
 
 
-def verdict(found: Saving | None, asked: int) -> str:
-    """The last sentence of a study."""
-    if found is None and not asked:
+def verdict(found: Saving | None, done: int, planned: int) -> str:
+    """The last sentence of a study, from `done` of `planned` pairs."""
+    if not planned:
         return "Not confirmed, so no saving is claimed."
+    if done < planned:
+        return f"No saving is claimed: {done} of {planned} fresh pairs are done."
     if found is None:
         return "No saving shown: the confirmation could not be measured."
-    low, high = 1 - found.high, 1 - found.low
-    interval = f"95 % CI {low:.1%} to {high:.1%}".replace("%", " %").replace("95  %", "95 %")
+    interval = f"95 % CI {percent_text(1 - found.high)} to {percent_text(1 - found.low)}"
     label = "" if found.quality == "measured" else ", estimated from CPU time and not measured"
+    beside = f"({interval}, {found.pairs} fresh pairs{label})"
     if not found.shown:
-        return f"No saving shown ({interval}, {found.pairs} fresh pairs{label})."
-    saved = f"{1 - found.ratio:.1%}".replace("%", " %")
+        return f"No saving shown {beside}."
     verb = "Saves" if found.quality == "measured" else "Saves an estimated"
-    return f"{verb} {saved} ({interval}, {found.pairs} fresh pairs{label})."
+    return f"{verb} {percent_text(1 - found.ratio)} {beside}."
 
 
 def concluded(study: Study) -> str | None:
     """The last sentence of a recorded study; None where nothing was confirmed."""
     if not study.pairs:
         return None
-    pairs = pairs_of(study, study.pairs[-1].config)
-    return verdict(saving(pairs), asked=len(study.pairs))
+    last = study.pairs[-1]
+    pairs = pairs_of(study, last.config, last.planned)
+    return verdict(saving(pairs), len(pairs), last.planned)
 
 
-def pairs_of(study: Study, config: Config | Mapping[str, Value]) -> list[Pair]:
-    """The pairs that the study holds for `config` in its newest segment."""
-    return [p for p in study.pairs if p.config == config and p.best.segment == study.segment]
+def pairs_of(study: Study, config: Mapping[str, Value], planned: int) -> list[Pair]:
+    """The pairs of this plan that the study holds for `config` in its newest segment.
+
+    Pairs of another plan do not count: who looks at four and then asks for eight has looked twice,
+    and twice the chances to see a saving are not in the interval.
+    """
+    return [p for p in study.pairs if p.config == config and p.planned == planned and p.best.segment == study.segment]
 
 
 def confirm(
@@ -103,7 +109,7 @@ def confirm(
 
     Each pair is written as soon as it is complete: a confirmation that was cut short goes on.
     """
-    while (number := len(done := pairs_of(journal.study, best.config))) < pairs:
+    while (number := len(done := pairs_of(journal.study, best.config, pairs))) < pairs:
         began(number)
         fresh = replace(launcher, log_name=f"confirm-{number + 1}.log")
         first, second = (default, best) if pair_order(number) else (best, default)
@@ -115,6 +121,7 @@ def confirm(
                 best=runs[best.number],
                 default_first=first is default,
                 config=best.config,
+                planned=pairs,
             )
         )
     return saving(done)

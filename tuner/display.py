@@ -502,7 +502,7 @@ class Screen:
                 predicted_joules_per_unit=None,
                 in_place_of=proposal.source,
             )
-            return _decision("edit", history, edited)
+            return replace(_decision("edit", history, proposal), edited=edited)
 
     def _forbid(self, text: str, space: SearchSpace, history: History, proposal: Proposal) -> Decision | None:
         """A value that may not come again. A name alone means the value that is proposed."""

@@ -143,7 +143,10 @@ class Launcher:
                 " raise --timeout if that is its normal speed"
             )
         if result.is_file():
-            return judged(msgspec.json.decode(result.read_bytes(), type=Result))
+            try:
+                return judged(msgspec.json.decode(result.read_bytes(), type=Result))
+            except msgspec.MsgspecError as error:
+                return Result(error=f"the runner reported what cannot be recorded: {error}")
         lack_of_memory = out_of_memory_kills() > killed_before
         return Result(error=cause_of_death(status, phase, lack_of_memory=lack_of_memory))
 

@@ -22,7 +22,7 @@ from tuner.trial import Runner
 Kind = Literal["prompts", "runners"]
 
 _SUFFIX: dict[Kind, str] = {"prompts": ".md.j2", "runners": ".py"}
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).resolve().parent
 
 
 def folders(kind: Kind) -> list[Path]:
@@ -43,8 +43,11 @@ def names(kind: Kind) -> list[str]:
     return sorted(found)
 
 
-def find(kind: Kind, name: str) -> Path:
-    """The file that `name` means, as an absolute path."""
+def find(kind: Kind, name: str, *, local: bool = True) -> Path:
+    """The file that `name` means, as an absolute path.
+
+    `local`: whether a bare name may mean a file below the current folder.
+    """
     suffix = _SUFFIX[kind]
     thing = kind.removesuffix("s")
     if "/" in name or name.endswith((suffix, ".j2", ".py", ".md")):
@@ -52,7 +55,7 @@ def find(kind: Kind, name: str) -> Path:
         if not path.is_file():
             raise Refused(f"no such {thing} file: {excerpt(name)}")
         return path.resolve()
-    for folder in folders(kind):
+    for folder in folders(kind)[0 if local else 1 :]:
         path = folder / f"{name}{suffix}"
         if path.is_file():
             return path.resolve()
@@ -61,6 +64,11 @@ def find(kind: Kind, name: str) -> Path:
         f"unknown {thing} {excerpt(name)}{closest(name, known)}"
         f" (there is {', '.join(known) or 'none'}; a path to a *{suffix} file works too)"
     )
+
+
+def shipped(path: Path) -> bool:
+    """Whether the file came with tune."""
+    return any(path.is_relative_to(home) for home in (_PACKAGE, _PACKAGE.parent / "runners"))
 
 
 def load_runner(path: Path) -> Runner:

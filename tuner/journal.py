@@ -24,11 +24,11 @@ from typing import Literal, Self
 import msgspec
 
 from tuner.space import Refused, Value
-from tuner.trial import Decision, History, Proposal, Target, Trial
+from tuner.trial import Decision, History, Lost, Proposal, Target, Trial
 
 StopKind = Literal["goal", "budget", "failures", "person", "exhausted", "chat"]
 
-# Version 1: header, proposal, trial, decision, segment, pair, end.
+# Version 1: header, changes, proposal, trial, decision, lost, segment, pair, end.
 FORMAT = 1
 
 NAME = "journal.jsonl"
@@ -72,6 +72,8 @@ class Header:
     time_seconds: float | None = None
     confirm_pairs: int = 0
     plan: Plan = Plan()
+    require_measured: bool = False
+    """Whether estimated energy is refused, also when the study is resumed."""
     meters: tuple[str, ...] = ()
     meter_options: Mapping[str, object] = field(default_factory=dict)
     meter_sentence: str = ""
@@ -83,6 +85,24 @@ class Header:
     """Engine, version and model, as the runner names them."""
     tune_version: str = ""
     started_unix: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What a resumed study does differently from here on; None leaves it as it was."""
+
+    trials: int | None = None
+    time_seconds: float | None = None
+    threshold: str | None = None
+    confirm_pairs: int | None = None
+    llm: str | None = None
+    base_url: str | None = None
+    template: str | None = None
+
+    def made_to(self, header: Header) -> Header:
+        """The header with these changes; it is what later resumes and reports go by."""
+        given = {name: value for name in self.__dataclass_fields__ if (value := getattr(self, name)) is not None}
+        return replace(header, **given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +128,8 @@ class Pair:
     default_first: bool
     config: Mapping[str, Value]
     """The configuration that is confirmed."""
+    planned: int
+    """How many pairs were decided on beforehand. Looking at four and then asking for more is another plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +148,14 @@ class Pending:
     proposal: Proposal
 
 
-Event = Trial | Decision | Pending | Segment | Pair | End
+Event = Trial | Decision | Lost | Pending | Changes | Segment | Pair | End
 
 _KINDS: dict[str, type[Event]] = {
     "proposal": Pending,
     "trial": Trial,
     "decision": Decision,
+    "lost": Lost,
+    "changes": Changes,
     "segment": Segment,
     "pair": Pair,
     "end": End,
@@ -162,6 +186,10 @@ class Study:
                 # A stop that was asked for says nothing against the configuration that it cut short.
                 starts = 0 if event.action == "stop" else self.pending_starts
                 return replace(self, history=self.history.add(event), pending_starts=starts)
+            case Lost():
+                return replace(self, history=self.history.add(event))
+            case Changes():
+                return replace(self, header=event.made_to(self.header))
             case Pending():
                 return replace(self, pending=event, pending_starts=self.pending_starts + 1)
             case Segment():
@@ -336,14 +364,23 @@ class Journal:
             JournalError: the disk is full, read-only or gone. The journal keeps its earlier lines whole.
         """
         line = _encode(_NAMES[type(event)], event)
+        before = self._content, self.study
+        after = self._content + line, self.study.add(event)
         try:
             if not self._still_there():
                 self._write_again()
             try:
-                _write(self._descriptor, line, len(self._content))
+                self._content, self.study = after
+                _write(self._descriptor, line, len(before[0]))
             except OSError:
                 # Half a line must not stay: the next append would make it a torn middle.
+                self._content, self.study = before
                 os.ftruncate(self._descriptor, len(self._content))
+                raise
+            except BaseException:
+                # Ctrl-C in the middle: what has happened has happened, so the line is finished first.
+                self._content, self.study = after
+                _write(self._descriptor, self._content, 0)
                 raise
         except OSError as error:
             cause = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
@@ -351,23 +388,29 @@ class Journal:
                 f"{self.folder / NAME}: {cause}; {len(self.study.history)} finished trials are kept."
                 f" Mend that, then go on with `tune run --resume {self.folder}`"
             ) from error
-        self._content += line
-        self.study = self.study.add(event)
         return self.study
 
     def _still_there(self) -> bool:
+        """Whether the file on disk is ours and holds exactly what was written to it."""
         try:
-            return os.path.samestat(os.fstat(self._descriptor), (self.folder / NAME).stat())
+            there = (self.folder / NAME).stat()
         except FileNotFoundError:
             return False
+        return os.path.samestat(os.fstat(self._descriptor), there) and there.st_size == len(self._content)
 
     def _write_again(self) -> None:
-        """Somebody deleted the folder while the study runs: all lines are still here, so put them back."""
+        """Somebody deleted or cut the file while the study runs: all lines are still here, so put them back."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        part = self.folder / f"{NAME}.part"
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            _write(descriptor, self._content, 0)
+            part.replace(self.folder / NAME)
+        except OSError:
+            os.close(descriptor)
+            raise
         os.close(self._descriptor)
         self._descriptor = descriptor
-        _write(descriptor, self._content, 0)
 
     def close(self) -> None:
         """Give the file back; the study stays readable."""

@@ -40,7 +40,7 @@ class Clocks:
 
 def measure(
     engine: Engine, meter: Meter, plan: Plan, clocks: Clocks, report: Callable[[str], None]
-) -> tuple[Measurement, ...]:
+) -> Iterator[Measurement]:
     """Measure `plan.windows` valid windows of a warm engine.
 
     Args:
@@ -50,16 +50,13 @@ def measure(
         clocks: time sources.
         report: told before each window what comes, for the live view.
 
-    Returns:
+    Yields:
         All windows in the order they happened, invalid ones included. Fewer than `plan.windows` valid
         ones when `plan.retries` repeats were used up.
+
+    Raises:
+        RuntimeError: the engine reported work that cannot be.
     """
-    return tuple(_windows(engine, meter, plan, clocks, report))
-
-
-def _windows(
-    engine: Engine, meter: Meter, plan: Plan, clocks: Clocks, report: Callable[[str], None]
-) -> Iterator[Measurement]:
     valid, repeats = 0, 0
     while valid < plan.windows:
         report(f"measuring {valid + 1}/{plan.windows}")
@@ -80,7 +77,10 @@ def _window(engine: Engine, meter: Meter, least_seconds: float, clocks: Clocks) 
     before = _read(meter, faults)
     boot, start = clocks.boot_seconds(), clocks.seconds()
     while not works or clocks.seconds() - start < least_seconds:
-        works.append(engine.run_pass())
+        work = engine.run_pass()
+        if work.units <= 0:
+            raise RuntimeError(f"the engine reported {work.units} {work.unit}s for a pass; expected at least one")
+        works.append(work)
     seconds = clocks.seconds() - start
     slept = clocks.boot_seconds() - boot - seconds
     after = _read(meter, faults)

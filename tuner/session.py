@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuner.assemble import Bench, open_proposer
+from tuner.assemble import Bench, asked, open_proposer
 from tuner.checks import doubts
-from tuner.confirm import confirm, verdict
+from tuner.confirm import Saving, confirm, pairs_of, verdict
 from tuner.display import Screen
 from tuner.evaluate import Launcher, trial_folder
 from tuner.journal import End, Header, Journal, StopKind
@@ -34,8 +34,11 @@ class Session:
     chat: Chat | None
     batch: bool
 
-    def run(self) -> End:
-        """Search, confirm, report. The journal holds all of it, wherever this is cut short."""
+    def run(self) -> tuple[End, Saving | None]:
+        """Search, confirm, report. The journal holds all of it, wherever this is cut short.
+
+        Returns why the search stopped, and what the confirmation showed.
+        """
         self._introduce()
         try:
             end = run_study(
@@ -45,13 +48,13 @@ class Session:
         except ChatError as error:
             end = End(kind="chat", reason=str(error))
             self.journal.append(end)
-            found = verdict(None, asked=0)
+            found = None
         except BaseException as leaving:
             if not isinstance(leaving, Exception):
                 self._interrupted()
             raise
         self._conclude(end, found)
-        return end
+        return end, found
 
     # --- before ---
 
@@ -109,7 +112,7 @@ class Session:
         }
 
     def _proposer(self) -> Proposer:
-        proposer = open_proposer(self.header, self.bench, self.chat, self._keep)
+        proposer = open_proposer(self.header, self.bench, self.chat, self._keep, self.journal.append)
         if self.batch:
             return proposer
         return Review(proposer, self.screen.decide, self._note)
@@ -144,7 +147,7 @@ class Session:
             )
 
     def _interrupted(self) -> None:
-        """Ctrl-C, SIGTERM or a crash of ours: the trial that was cut short is not held against its configuration."""
+        """Ctrl-C or a signal: the trial that was cut short is not held against its configuration."""
         history = self.journal.study.history
         self.journal.append(Decision(action="stop", before_trial=len(history), remark="interrupted"))
         self.screen.warn(
@@ -153,37 +156,46 @@ class Session:
 
     # --- after ---
 
-    def _confirm(self, end: End) -> str:
-        history, pairs = self.journal.study.history, self.header.confirm_pairs
-        default, best = history.default, history.best
-        if end.kind == "person":
-            pairs = 0
-        if default is None or best is None:
-            return "No saving shown: " + ("the default was not measured." if best else "nothing could be measured.")
+    def _confirm(self, end: End) -> Saving | None:
+        history = self.journal.study.history
+        default, best, pairs = history.default, history.best, self.header.confirm_pairs
+        if default is None or best is None or best.config == default.config or not pairs or end.kind == "person":
+            return None
+        return confirm(
+            self.journal,
+            self._launcher(),
+            default,
+            best,
+            pairs,
+            lambda number: self.screen.confirming(number + 1, pairs),
+        )
+
+    def _verdict(self, end: End, found: Saving | None) -> str:
+        study, planned = self.journal.study, self.header.confirm_pairs
+        default, best = study.history.default, study.history.best
+        if best is None:
+            return "No saving shown: nothing could be measured."
+        if default is None:
+            return "No saving shown: the default was not measured, so there is nothing to compare with."
         if best.config == default.config:
             return "No saving shown: no setting used less energy than the engine's default."
-        found = None
-        if pairs:
-            found = confirm(
-                self.journal,
-                self._launcher(),
-                default,
-                best,
-                pairs,
-                lambda number: self.screen.confirming(number + 1, pairs),
-            )
-        return verdict(found, asked=pairs)
+        if end.kind in ("person", "chat"):
+            return verdict(None, 0, 0)
+        return verdict(found, len(pairs_of(study, best.config, planned)), planned)
 
-    def _conclude(self, end: End, found: str) -> None:
+    def _conclude(self, end: End, found: Saving | None) -> None:
         history = self.journal.study.history
         best = history.best
+        runner, target = self.bench.runner, self.header.target
         self.screen.summary(
             end=end,
             history=history,
             space=self.bench.space,
             used=usage(history),
-            command=self.bench.runner.command(best.config, self.header.target) if best else None,
-            verdict=found,
+            command=asked(self.bench.runner_path, "command", lambda: runner.command(best.config, target))
+            if best
+            else None,
+            verdict=self._verdict(end, found),
             folder=self.journal.folder,
         )
 

@@ -7,6 +7,7 @@ functions of the history, combined by `first_reason`.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,7 @@ class Threshold:
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+)\s*(x|J|mJ|kJ)\s*", text)
         scale = {"x": 1.0, "J": 1.0, "mJ": 1e-3, "kJ": 1e3}
         value = float(match[1]) * scale[match[2]] if match else 0.0
-        if not match or value <= 0:
+        if not match or not 0 < value < math.inf:
             raise Refused(
                 f"--threshold {text!r}: expected a ratio of the default such as 0.8x,"
                 " or joules per unit such as 0.45J or 450mJ"
@@ -70,19 +71,23 @@ def at_most(trials: int) -> Goal:
     return goal
 
 
-def within(seconds: float, now: Callable[[], float] = time.monotonic) -> Goal:
-    """Stop when this run has taken so long. A trial that has begun is finished."""
-    deadline = now() + seconds
+def within(seconds: float) -> Goal:
+    """Stop when the trials have taken so long together; thinking, of people and models, does not count."""
 
-    def goal(_history: History) -> str | None:
-        return f"the {seconds / 60:.3g} minutes are over" if now() >= deadline else None
+    def goal(history: History) -> str | None:
+        spent = sum(t.seconds for t in history.current)
+        return f"the {seconds / 60:.3g} minutes are over" if spent >= seconds else None
 
     return goal
 
 
 def three_failures(history: History) -> str | None:
-    """Stop when the last three trials failed: something other than the configuration is wrong."""
-    last = history.current[-FAILURES_IN_A_ROW:]
+    """Stop when three trials failed in a row: something other than the configuration is wrong.
+
+    A resume starts the count anew: the cause may have been mended.
+    """
+    resumed_at = max((d.before_trial for d in history.decisions if d.action == "resume"), default=0)
+    last = [t for t in history.current if t.number >= resumed_at][-FAILURES_IN_A_ROW:]
     if len(last) == FAILURES_IN_A_ROW and all(t.joules_per_unit is None for t in last):
         return f"three trials failed in a row; the last one: {last[-1].error}"
     return None

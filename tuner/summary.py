@@ -308,12 +308,15 @@ class Usage:
 
 
 def exchanges(history: History) -> list[Exchange]:
-    """Every prompt and answer once, in order; those whose proposal a person turned down are among them."""
+    """Every prompt and answer once, in order, also those that led to no trial."""
     turned_down = [
-        (d.before_trial, 0, d.proposal) for d in history.decisions if d.action in ("reject", "forbid") and d.proposal
+        (d.before_trial, 0, d.proposal.exchanges)
+        for d in history.decisions
+        if d.action in ("reject", "forbid", "stop") and d.proposal
     ]
-    proposals = sorted([*turned_down, *((t.number, 1, t.proposal) for t in history.trials)], key=lambda p: p[:2])
-    return [exchange for _, _, proposal in proposals for exchange in proposal.exchanges]
+    lost = [(one.before_trial, 0, one.exchanges) for one in history.lost]
+    led_on = [(t.number, 1, t.proposal.exchanges) for t in history.trials]
+    return [one for _, _, some in sorted([*turned_down, *lost, *led_on], key=lambda e: e[:2]) for one in some]
 
 
 def usage(history: History) -> Usage:

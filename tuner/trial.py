@@ -325,23 +325,37 @@ class Decision:
     value: Value | None = None
     proposal: Proposal | None = None
     """The proposal that was decided on, where there was one."""
+    edited: Proposal | None = None
+    """What the person made of it, for an edit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """Prompts that were answered but led to no proposal: the chat stayed away, or the study was stopped."""
+
+    before_trial: int
+    exchanges: tuple[Exchange, ...]
 
 
 @dataclass(frozen=True)
 class History:
-    """Everything that a proposer may know: trials and decisions in the order they happened."""
+    """Everything that a proposer may know, each kind of event in the order it happened."""
 
     trials: tuple[Trial, ...] = ()
     decisions: tuple[Decision, ...] = ()
+    lost: tuple[Lost, ...] = ()
     segment: int = 0
     """The newest segment; it may have no trial yet."""
 
     def __len__(self) -> int:
         return len(self.trials)
 
-    def add(self, event: Trial | Decision) -> History:
+    def add(self, event: Trial | Decision | Lost) -> History:
+        """The history with one more event."""
         if isinstance(event, Trial):
             return replace(self, trials=(*self.trials, event), segment=event.segment)
+        if isinstance(event, Lost):
+            return replace(self, lost=(*self.lost, event))
         return replace(self, decisions=(*self.decisions, event))
 
     @property

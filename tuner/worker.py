@@ -10,11 +10,9 @@ Whatever the engine does, this process leaves either a result file or an exit st
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Mapping
@@ -30,8 +28,6 @@ from tuner.measure import Clocks, measure
 from tuner.meters import MeterOptions, open_meter
 from tuner.space import Config, Refused, Value
 from tuner.trial import Measurement, Target
-
-PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,18 +57,33 @@ class Result:
     error: str | None = None
 
 
-def run(job: Job, report: Phases) -> Result:
+@dataclass
+class Found:
+    """What is known so far; it outlives the exception that ends a trial."""
+
+    windows: list[Measurement] = field(default_factory=list)
+    effective: Mapping[str, Value] = field(default_factory=dict)
+    load_seconds: float | None = None
+
+    def result(self, error: str | None = None) -> Result:
+        """As the parent reads it."""
+        return Result(
+            measurements=tuple(self.windows), effective=self.effective, load_seconds=self.load_seconds, error=error
+        )
+
+
+def run(job: Job, report: Phases, found: Found) -> None:
     """Launch the engine once and measure it."""
     runner = load_runner(Path(job.runner))
     with contextlib.closing(open_meter(job.meters, MeterOptions.from_record(job.meter_options))) as meter:
         report("loading and warming up")
         started = time.perf_counter()
         with runner.launch(job.config, job.target) as engine:
-            load_seconds = time.perf_counter() - started
-            effective = dict(engine.effective)
-            windows = measure(engine, meter, job.plan, process_clocks(), report)
+            found.load_seconds = time.perf_counter() - started
+            found.effective = dict(engine.effective)
+            for window in measure(engine, meter, job.plan, process_clocks(), report):
+                found.windows.append(window)
             report("stopping")
-        return Result(measurements=windows, effective=effective, load_seconds=load_seconds)
 
 
 def process_clocks() -> Clocks:
@@ -104,29 +115,33 @@ class Phases:
 
 
 def die_with_parent() -> None:
-    """End this process group as soon as the parent is gone, also when it was killed by SIGKILL."""
-    if sys.platform == "linux":
-        # The thread below needs the interpreter's lock; the kernel's own signal does not.
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """End this whole process group as soon as the parent is gone, also when it was killed by SIGKILL.
 
-    def wait() -> None:
-        with contextlib.suppress(OSError):
-            os.read(0, 1)
-        os.killpg(os.getpgid(0), signal.SIGKILL)
-
-    threading.Thread(target=wait, name="parent watch", daemon=True).start()
+    A process of its own watches, because this one may be busy, hung or dead by then. It belongs to the
+    group and ends with it. Called before anything else is running.
+    """
+    if os.fork():
+        return
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    os.closerange(1, min(1 << 16, os.sysconf("SC_OPEN_MAX")))
+    with contextlib.suppress(OSError):
+        os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def attempt(job: Job, report: Phases) -> Result:
     """`run`, with whatever goes wrong as a sentence: the one place where every exception is an outcome."""
+    found = Found()
     try:
-        return run(job, report)
+        run(job, report, found)
     except MemoryError:
-        return Result(error="out of memory while the engine was loading or running")
+        return found.result("out of memory while the engine was loading or running")
     except Exception as error:  # noqa: BLE001 - an engine may raise anything; a failed trial is a result
         traceback.print_exc(limit=-2)
         told = " ".join(str(error).split())
-        return Result(error=told if isinstance(error, Refused) else f"{type(error).__name__}: {told}")
+        return found.result(told if isinstance(error, Refused) else f"{type(error).__name__}: {told}")
+    return found.result()
 
 
 def main() -> NoReturn:

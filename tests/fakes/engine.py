@@ -11,7 +11,24 @@ from pathlib import Path
 from tuner.space import Choice, Constraint, Int, Refused, SearchSpace
 from tuner.trial import Work
 
-MODES = ("ok", "raise", "segv", "kill", "abort", "hang", "hang-loading", "exit", "refuse", "child", "memory", "log")
+MODES = (
+    "ok",
+    "raise",
+    "segv",
+    "kill",
+    "abort",
+    "hang",
+    "hang-loading",
+    "exit",
+    "refuse",
+    "child",
+    "memory",
+    "log",
+    "parent",
+    "late",
+    "nothing",
+    "nan",
+)
 
 
 def space(target):
@@ -42,7 +59,7 @@ def command(config, target):
 
 class Engine:
     def __init__(self, config, target):
-        self.config, self.target = config, target
+        self.config, self.target, self.passes = config, target, 0
         self.effective = {"cost": config["cost"], "batch": config["batch"]}
 
     def run_pass(self):
@@ -50,7 +67,12 @@ class Engine:
         until = time.process_time() + self.config["cost"] / 1000 / self.config["batch"]
         while time.process_time() < until:
             pass
-        return Work(units=self.target.prompts * self.target.output_tokens, prompt_tokens=self.target.prompts)
+        self.passes += 1
+        if self.config["mode"] == "late" and self.passes > 3:
+            raise RuntimeError("the engine tired")
+        units = 0 if self.config["mode"] == "nothing" else self.target.prompts * self.target.output_tokens
+        seconds = (float("nan"),) if self.config["mode"] == "nan" else ()
+        return Work(units=units, prompt_tokens=self.target.prompts, request_seconds=seconds)
 
 
 def misbehave(mode):
@@ -80,10 +102,12 @@ def launch(config, target):
         raise Refused("mode=refuse: expected a mode that loads")
     if config["mode"] == "hang-loading":
         time.sleep(3600)
-    if config["mode"] == "child":
+    if config["mode"] in ("child", "parent"):
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
         Path(target.model).write_text(str(child.pid))
-        os.kill(os.getpid(), signal.SIGKILL)
+        if config["mode"] == "child":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(3600)
     if slow := os.environ.get("FAKE_ENGINE_LOAD_SECONDS"):
         time.sleep(float(slow))
     yield Engine(config, target)

@@ -20,12 +20,22 @@ class DefaultFirst:
         self.name = inner.name
 
     def propose(self, space: SearchSpace, history: History) -> Proposal | None:
-        """The default as the first trial of a segment.
+        """The default as the first trial of a segment, and once more when that failed.
 
         A default that is forbidden, or that breaks a constraint, is not run: `inner` is asked at once
         and its reason says so. One that the person turned down is passed over without a word.
         """
         default = space.default()
+        if (
+            len(history.current) == 1
+            and history.default is None
+            and history.find(default)
+            and not space.broken(default)
+        ):
+            # Everything is held against the default, so one hiccup must not cost the study its base.
+            return Proposal(
+                config=default, source="default", reason="the default failed; once more, in case that was an accident"
+            )
         if history.current:
             return self.inner.propose(space, history)
         if default in Untried.of(space, history):

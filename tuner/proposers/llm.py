@@ -19,19 +19,28 @@ from pathlib import Path
 from tuner import summary
 from tuner.proposers.answer import Answer, answer_form, answer_schema, read_answer
 from tuner.space import Config, Refused, SearchSpace, show
-from tuner.trial import Chat, Decision, Exchange, History, Message, Proposal, Proposer, Trial, Unit
+from tuner.trial import Chat, Decision, Exchange, History, Lost, Message, Proposal, Proposer, Trial, Unit
 
 REFUSALS = 3
 """How often an answer is sent back before a classical proposal takes its place."""
 
 BEST_SHOWN = 12
 FAILURES_SHOWN = 5
+LOG_LINES_SHOWN = 4
 
 ANSWER_REMEMBERED = 4000
 """Characters of an answer that are sent back to the model; a flood is not answered with a flood."""
 
 Keep = Callable[[int, str, str | None], None]
 """Told the trial's number and the prompt before it is sent, and again with the reply's text."""
+
+
+Lose = Callable[[Lost], object]
+"""Told what was asked and answered when no proposal came of it."""
+
+
+def nobody(_lost: Lost) -> None:
+    """Tell nobody."""
 
 
 def forget(_number: int, _prompt: str, _reply: str | None) -> None:
@@ -48,36 +57,22 @@ class Llm:
     """Takes over, visibly, when the model's answers are refused."""
     view: View
     keep: Keep = forget
+    lose: Lose = nobody
     name: str = "llm"
 
     def propose(self, space: SearchSpace, history: History) -> Proposal | None:
         """Ask until an answer can be used, `REFUSALS` times again at most. Raises `ChatError`."""
         number = len(history)
-        conversation = self.messages(space, history)
         exchanges: list[Exchange] = []
-        while len(exchanges) <= REFUSALS:
-            prompt = conversation[-1].content
-            self.keep(number, prompt, None)
-            reply = self.chat.reply(conversation, answer_schema(space, self.view.unit))
-            self.keep(number, prompt, reply.text)
-            try:
-                answer = read_answer(reply.text, self.view.unit)
-                config = self._usable(space, history, answer)
-            except Refused as fault:
-                exchanges.append(Exchange(prompt=prompt, reply=reply, fault=str(fault)))
-                conversation += [
-                    Message("assistant", _cut(reply.text)),
-                    Message("user", again(str(fault), self.view.unit)),
-                ]
-                continue
-            exchanges.append(Exchange(prompt=prompt, reply=reply))
-            return Proposal(
-                config=config,
-                source=self.name,
-                reason=answer.reason,
-                predicted_joules_per_unit=answer.predicted_joules_per_unit,
-                exchanges=tuple(exchanges),
-            )
+        try:
+            found = self._ask(space, history, exchanges)
+        except BaseException:
+            # The chat stays away, or the person leaves: what was paid for is not forgotten.
+            if exchanges:
+                self.lose(Lost(before_trial=number, exchanges=tuple(exchanges)))
+            raise
+        if found is not None:
+            return replace(found, exchanges=tuple(exchanges))
         stand_in = self.fallback.propose(space, history)
         if stand_in is None:
             return None
@@ -88,6 +83,32 @@ class Llm:
             f" {exchanges[-1].fault}. Instead: {stand_in.reason}",
             exchanges=tuple(exchanges),
         )
+
+    def _ask(self, space: SearchSpace, history: History, exchanges: list[Exchange]) -> Proposal | None:
+        """The first usable answer as a proposal, or None; each prompt and answer is added to `exchanges`."""
+        number = len(history)
+        conversation = self.messages(space, history)
+        while len(exchanges) <= REFUSALS:
+            prompt = conversation[-1].content
+            self.keep(number, prompt, None)
+            reply = self.chat.reply(conversation, answer_schema(space, self.view.unit))
+            exchanges.append(Exchange(prompt=prompt, reply=reply))
+            self.keep(number, prompt, reply.text)
+            try:
+                answer = read_answer(reply.text, self.view.unit)
+                config = self._usable(space, history, answer)
+            except Refused as fault:
+                exchanges[-1] = replace(exchanges[-1], fault=str(fault))
+                conversation.append(Message("assistant", _cut(reply.text)))
+                conversation.append(Message("user", again(str(fault), self.view.unit)))
+                continue
+            return Proposal(
+                config=config,
+                source=self.name,
+                reason=answer.reason,
+                predicted_joules_per_unit=answer.predicted_joules_per_unit,
+            )
+        return None
 
     def messages(self, space: SearchSpace, history: History) -> list[Message]:
         """The conversation up to and including the next prompt."""
@@ -239,6 +260,7 @@ class View:
         ranked = sorted(history.measured, key=lambda t: (t.joules_per_unit or 0.0, t.number))
         return {
             "trials": len(history.current),
+            "next_trial": len(history),
             "prompts": len(summary.exchanges(replace(history, trials=history.current))),
             "default": self._row(space, default, default) if default else None,
             "best": self._row(space, best, default) if best else None,
@@ -246,7 +268,12 @@ class View:
             "results": [self._row(space, t, default, best) for t in ranked[:BEST_SHOWN]],
             "results_left_out": max(len(ranked) - BEST_SHOWN, 0),
             "failures": [
-                {"number": t.number, "changes": summary.differences(space, t.config, space.default()), "cause": t.error}
+                {
+                    "number": t.number,
+                    "changes": summary.differences(space, t.config, space.default()),
+                    "cause": t.error,
+                    "log": "\n".join(line for line in t.log[-LOG_LINES_SHOWN:] if line),
+                }
                 for t in history.failed[-FAILURES_SHOWN:]
             ],
             "effects": [e.sentence for e in summary.effects(space, history)],
@@ -279,12 +306,14 @@ class View:
 
 def told(decision: Decision) -> bool:
     """Whether the next prompt should know of this decision."""
-    return bool(decision.remark) or decision.action in ("reject", "forbid", "edit")
+    return decision.action in ("remark", "reject", "forbid", "edit") or (
+        decision.action in ("accept", "batch") and bool(decision.remark)
+    )
 
 
 def remark_view(space: SearchSpace, decision: Decision) -> dict[str, object]:
     """A person's decision as a template sees it."""
-    proposed = decision.proposal
+    proposed = decision.edited or decision.proposal
     return {
         "before_trial": decision.before_trial,
         "action": decision.action,

@@ -96,7 +96,7 @@ class Review:
                 case "accept" | "batch":
                     return proposal
                 case "edit":
-                    return decision.proposal
+                    return decision.edited
                 case "stop":
                     return None
                 case "reject":
