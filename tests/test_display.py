@@ -660,3 +660,15 @@ def test_a_prompt_is_printed_exactly_and_its_turns_are_told_apart():
     desk = Desk()
     desk.screen.messages([Message("user", "one"), Message("assistant", "two")])
     assert desk.out == "--- user ---\none\n--- assistant ---\ntwo\n"
+
+
+def test_a_failed_trial_shows_its_cause_and_the_last_lines_of_its_log():
+    desk = Desk(live=True)
+    failed = replace(
+        trial(1, {"parallel": 8}, error="the engine was killed"), log=("one", "two", "3", "4", "\x1b[2Jlast")
+    )
+    desk.screen.trial_ended(failed, HISTORY.add(failed), [])
+    for part in ("the engine was killed", "| two", "| last"):
+        assert part in desk.err
+    assert "| one" not in desk.err
+    assert "\x1b[2J" not in desk.err

@@ -224,7 +224,7 @@ def test_a_threshold_is_a_ratio_of_the_default_or_joules(text, threshold):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0.8", "80%", "1" + "0" * 400 + "x", "-1x", "0x", "0J", "x", "nanJ", "infJ", "1 W", "0.8x; rm -rf /"]
+    "text", ["", "0.8", "80%", "9" * 400 + "x", "-1x", "0x", "0J", "x", "nanJ", "infJ", "1 W", "0.8x; rm -rf /"]
 )
 def test_what_is_no_threshold_is_refused_with_both_forms(text):
     with pytest.raises(Refused, match=r"0\.8x.*0\.45J"):

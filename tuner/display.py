@@ -55,6 +55,9 @@ from tuner.trial import Action, Decision, History, Message, Proposal, Trial
 REFRESHES_PER_SECOND = 2
 """The view runs beside the measurement: each drawing costs 2 to 3 ms of the same CPU, 0.5 % of it in all."""
 
+LOG_LINES_SHOWN = 4
+"""Of a failed trial's engine log; all of it is in `trials/`."""
+
 WIDE = 110
 """Columns from which a trial's label and noise mark stand on its own line."""
 
@@ -150,12 +153,13 @@ class Screen:
 
     def say(self, text: str) -> None:
         """A line of progress."""
-        self._stderr.print(self._text(text), soft_wrap=not self._stderr.is_terminal)
+        self._stderr.print(self._text(text), soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """A line that must not be missed."""
         line = Text("warning: ", style="bold yellow") + self._text(text, "default not bold")
-        self._stderr.print(line, soft_wrap=not self._stderr.is_terminal)
+        # Left to the terminal to wrap: a command in it can then be copied whole.
+        self._stderr.print(line, soft_wrap=True)
 
     def header(self, rows: Sequence[tuple[str, str]]) -> None:
         """What was taken and from where, before anything runs."""
@@ -340,6 +344,8 @@ class Screen:
         if trial.joules_per_unit is None:
             self._stderr.print(self._row([number, source, changes, Text("failed", "bold red"), Text()]))
             self._below(trial, trial.error or "no window counted")
+            for line in trial.log[-LOG_LINES_SHOWN:]:
+                self._below(trial, f"| {line}")
             return
         energy = self._text(
             f"{joules_text(trial.joules_per_unit)} {spread_text(trial)}", "bold" if trial is history.best else ""

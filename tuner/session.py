@@ -150,6 +150,7 @@ class Session:
         """Ctrl-C or a signal: the trial that was cut short is not held against its configuration."""
         history = self.journal.study.history
         self.journal.append(Decision(action="stop", before_trial=len(history), remark="interrupted"))
+        self.screen.close()
         self.screen.warn(
             f"stopped; {len(history)} finished trials are kept. Go on with `tune run --resume {self.journal.folder}`"
         )

@@ -11,24 +11,10 @@ from pathlib import Path
 from tuner.space import Choice, Constraint, Int, Refused, SearchSpace
 from tuner.trial import Work
 
-MODES = (
-    "ok",
-    "raise",
-    "segv",
-    "kill",
-    "abort",
-    "hang",
-    "hang-loading",
-    "exit",
-    "refuse",
-    "child",
-    "memory",
-    "log",
-    "parent",
-    "late",
-    "nothing",
-    "nan",
-)
+DEATHS = ("segv", "kill", "abort", "exit", "child")
+WAITS = ("hang", "hang-loading", "parent")
+FAULTS = ("raise", "refuse", "memory", "log", "late", "nothing", "nan")
+MODES = ("ok", *FAULTS, *DEATHS, *WAITS)
 
 
 def space(target):
