@@ -163,13 +163,7 @@ class Screen:
 
     def header(self, rows: Sequence[tuple[str, str]]) -> None:
         """What was taken and from where, before anything runs."""
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim", no_wrap=True)
-        grid.add_column(overflow="fold")
-        for name, value in rows:
-            if value:
-                grid.add_row(self._text(name), self._text(value))
-        self._stderr.print(grid)
+        self._facts(rows, self._stderr)
         self._stderr.print()
 
     def messages(self, messages: Sequence[Message]) -> None:
@@ -733,14 +727,14 @@ class Screen:
                 # Not wrapped, so that it can be copied whole.
                 self._stdout.print(Text(" " * 9 + "$ ") + self._text(command, "bold"), soft_wrap=True)
 
-    def _facts(self, rows: Sequence[tuple[str, str]]) -> None:
+    def _facts(self, rows: Sequence[tuple[str, str]], console: Console | None = None) -> None:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(overflow="fold")
         for name, value in rows:
             if value:
                 grid.add_row(self._text(name), self._text(value))
-        self._stdout.print(grid)
+        (console or self._stdout).print(grid)
 
 
 def _trial_columns(console: Console) -> list[tuple[int | None, JustifyMethod]]:
