@@ -129,6 +129,7 @@ def test_confirming_pairs_are_rows_of_their_own_stage(tmp_path):
         default=trial(0, joules=(1.0,)),
         best=trial(3, joules=(0.5,)),
         default_first=True,
+        planned=2,
         config=SPACE.default(),
     )
     table = csv(study(trial(0, joules=(1.0,)), pairs=(pair,)), tmp_path)
