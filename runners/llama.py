@@ -687,6 +687,7 @@ def identity(target: Target) -> dict[str, str]:
         "engine_version": _version(),
         "model": model.path.name if target.model is not None else f"generated llama {_shape(target).label}",
         "model_sha256": _fingerprint(model),
+        "device": "gpu" if _build().offload_devices else "cpu",
     }
 
 

@@ -1,7 +1,10 @@
+import sys
+from pathlib import Path
+
 import pytest
 
 from tuner.assemble import choose_proposer, free_name, llm_proposer, prepare, results_folder, view_of
-from tuner.journal import Header
+from tuner.journal import Header, Plan
 from tuner.meters import MeterOptions
 from tuner.space import Refused
 from tuner.trial import History, Target
@@ -44,6 +47,45 @@ def test_what_the_meter_is_blind_to_stays_at_its_default_and_is_said(runner):
 def test_what_the_meter_is_blind_to_is_refused_when_it_is_asked_for_by_name(runner):
     with pytest.raises(Refused, match=r"--range layers: the estimate meter cannot see .*tune doctor"):
         ready(runner, ranges=("layers=0..4",))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine on which only the GPU's counter can be read: RAPL is for root, as Linux has it."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "fakes")
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    yield
+    sys.modules.pop("pynvml", None)
+
+
+def with_meter(runner, meter, **more):
+    header = Header(name="s", workload=str(runner), target=Target(), proposer="rules", **more)
+    return prepare(header, meter=meter, options=MeterOptions(), say=said.append)
+
+
+def test_an_engine_on_the_cpu_is_not_measured_by_the_counter_of_an_idle_gpu(runner, gpu):
+    header, _ = with_meter(runner, "auto")
+    assert header.meters == ("estimate",)
+    assert any(line.startswith("not used: nvml, because this engine computes on the CPU") for line in said)
+    with pytest.raises(Refused, match="--meter nvml: this engine computes on the CPU"):
+        with_meter(runner, "nvml")
+    with pytest.raises(Refused, match="--require-measured"):
+        with_meter(runner, "auto", require_measured=True)
+
+
+def test_an_engine_on_the_gpu_is_measured_by_its_counter_in_windows_of_a_hundred_updates(runner, gpu):
+    runner.write_text(RUNNER.replace("default=0", "default=9"))
+    header, bench = with_meter(runner, "auto")
+    assert header.meters == ("nvml",)
+    assert header.plan.window_seconds == 10.0
+    assert "GPU-" in bench.machine["gpu0"]
+
+
+def test_a_window_that_was_asked_for_is_kept(runner):
+    header, _ = ready(runner, plan=Plan(window_seconds=0.5))
+    assert header.plan.window_seconds == 0.5
+    assert ready(runner)[0].plan.window_seconds == 2.0
 
 
 def test_work_on_a_gpu_that_no_meter_counts_is_refused_with_the_way_to_keep_it_on_the_cpu(runner):

@@ -149,3 +149,10 @@ def test_the_fake_provider_serves_other_processes(tmp_path: Path) -> None:
     finally:
         server.terminate()
         server.wait()
+
+
+@pytest.mark.parametrize("url", ["http://me:secret@127.0.0.1:1/v1", "http://127.0.0.1:1/v1?key=secret"])
+def test_an_address_that_holds_a_secret_is_refused_without_repeating_it(url):
+    with pytest.raises(Refused, match="without a user, password or query") as refused:
+        open_chat("openai:m", base_url=url)
+    assert "secret" not in str(refused.value)

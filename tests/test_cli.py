@@ -89,6 +89,13 @@ def test_a_threshold_that_is_reached_ends_with_code_0_and_one_that_is_not_with_c
     assert run("--proposer", "rules", "--threshold", "0.0001x", name="hard", trials=2).returncode == 3
 
 
+def test_a_time_limit_alone_is_the_whole_budget():
+    done = tune("run", *QUICK, "--proposer", "sobol", "--batch", "--time", "2s", "--confirm-pairs", 0, "--name", "s")
+    assert done.returncode == 0, done.stderr
+    assert study().header.trials is None
+    assert study().ends[-1].reason == "the 2.0 s for trials are over"
+
+
 def test_a_pinned_parameter_never_moves_and_a_narrowed_one_stays_inside():
     run("--proposer", "random", "--pin", "batch=2", "--range", "cost=16..32", trials=5)
     assert all(c["batch"] == 2 and 16 <= c["cost"] <= 32 for _, _, c in configs())
@@ -279,6 +286,8 @@ REFUSED = [
     (["run", "--resume", "results/none"], "no study here"),
     (["run", "--force", *QUICK], "--resume"),
     (["run", *QUICK, "--proposer", "rules"], "nobody can be asked"),
+    (["run", *QUICK, "--llm", "paste", "--batch"], "--llm paste needs a person at a terminal"),
+    (["run", *QUICK, "--proposer", "rules", "--batch", "--confirm-pairs", "3"], "expected an even number"),
     (["run", *QUICK, "--proposer", "llm", "--batch"], "--proposer llm: which one"),
     (["run", *QUICK, "--proposer", "rules", "--batch", "--base-url", "http://127.0.0.1:1/v1"], "--base-url"),
     (["run", *QUICK, "--proposer", "rules", "--batch", "--timeout", "9" * 400], "90s, 20m or 2h"),
@@ -383,7 +392,7 @@ def test_a_hang_up_that_is_ignored_stays_ignored():
 
 def test_an_option_that_a_resumed_study_cannot_change_is_refused():
     run("--proposer", "rules", trials=1)
-    done = tune("run", "--resume", "results/s", "--prompts", "9")
+    done = tune("run", "--resume", "results/s", "--batch", "--prompts", "9")
     assert done.returncode == 2
     assert "--prompts: a resumed study keeps" in done.stderr
 

@@ -153,6 +153,7 @@ def test_windows_that_were_measured_before_the_engine_failed_are_kept_and_do_not
     trial = launcher(tmp_path, plan=Plan(windows=50, window_seconds=0.0, timeout_seconds=30))(0, proposal("late"))
     assert "the engine tired" in trial.error
     assert len(trial.measurements) == 3
+    assert all("the trial failed later" in m.invalid and not m.energy for m in trial.measurements)
     assert trial.joules_per_unit is None
 
 

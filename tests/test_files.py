@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tuner.files import find, load_runner, names
+from tuner.files import find, load_runner, names, shipped
 from tuner.space import Refused
 
 
@@ -66,6 +66,12 @@ def test_a_runner_may_define_dataclasses(tmp_path):
         "def space(t): ...\ndef identity(t): ...\ndef launch(c, t): ...\ndef command(c, t): ...\n"
     )
     assert load_runner(path).A().x == 0
+
+
+@pytest.mark.parametrize(("kind", "name"), [("prompts", "enhanced"), ("runners", "llama")])
+def test_what_came_with_tune_is_known_as_such_in_a_checkout_too(kind, name):
+    assert shipped(find(kind, name, local=False))
+    assert not shipped(Path(__file__))
 
 
 def test_the_engine_that_tests_use_is_a_runner():

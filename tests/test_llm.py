@@ -62,7 +62,7 @@ BAD = [
     pytest.param(answer({"flash": "$(rm -rf ~)"}), "expected one of off, on, auto", id="a shell command"),
     pytest.param(answer({"flash": "../../etc/passwd"}), "expected one of off, on, auto", id="a path"),
     pytest.param(answer({"parallel": 1, "threads": 4}), "broken constraint: threads <= parallel", id="constraint"),
-    pytest.param(answer({"parallel": 8}), "already trial 1 (700 mJ per token)", id="measured before"),
+    pytest.param(answer({"parallel": 8}), "already trial 1 (700 mJ/token ± 1.4 %)", id="measured before"),
     pytest.param("[" * 1_000_000, "JSON", id="a megabyte of brackets"),
 ]
 
@@ -192,6 +192,20 @@ def test_the_baseline_explains_itself_once_and_reports_the_last_energy_after_tha
     assert "These parameters can be set" in first
     assert "These parameters can be set" not in later
     assert "400 mJ per token" in later
+
+
+def test_a_remark_that_came_after_the_prompt_is_told_in_the_next_one_once():
+    remark = Decision(action="remark", before_trial=2, remark="mind the fan")
+    history = PAST.add(remark).add(with_exchange(2, "prompt for trial 2", "a"))
+    assert "mind the fan" in prompt_of(BASELINE, history)
+    assert "mind the fan" not in prompt_of(BASELINE, history.add(with_exchange(3, "p", "a")))
+
+
+def test_an_edit_is_told_with_what_was_run_instead():
+    edited = Proposal(config={**SPACE.default(), "threads": 1}, source="human", in_place_of="llm")
+    history = PAST.add(Decision(action="edit", before_trial=2, edited=edited)).add(with_exchange(2, "p", "a"))
+    for template in (ENHANCED, BASELINE):
+        assert "threads 2 -> 1" in prompt_of(template, history)
 
 
 def test_a_prompt_whose_proposal_was_rejected_stays_in_the_conversation():

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 from records import SPACE, trial
 
 from tuner.proposers.review import Review, forbidden, in_batch
 from tuner.space import Refused
-from tuner.trial import Decision, History, Proposal
+from tuner.trial import Decision, History, Lost, Proposal
 
 STARTED = History(trials=(trial(0),))
 
@@ -185,3 +187,15 @@ def test_decisions_about_another_engine_are_passed_over():
         Decision(action="reject", before_trial=1, proposal=other),
     ]
     assert not forbidden(SPACE, made).broken(SPACE.default())
+
+
+def test_prompts_are_not_forgotten_when_the_person_leaves_at_the_question():
+    noted = []
+
+    def leave(*_):
+        raise KeyboardInterrupt
+
+    asked = replace(A, exchanges=("one",))
+    with pytest.raises(KeyboardInterrupt):
+        Review(Inner(asked), leave, noted.append).propose(SPACE, STARTED)
+    assert noted == [Lost(before_trial=1, exchanges=("one",))]

@@ -190,7 +190,7 @@ def test_time_counts_what_the_trials_took_and_not_who_was_thinking():
     goal = within(15.0)
     history = History().add(trial(0))
     assert goal(history) is None
-    assert goal(history.add(trial(1))) == "the 0.25 minutes are over"
+    assert goal(history.add(trial(1))) == "the 15 s for trials are over"
 
 
 def test_after_a_resume_failures_are_counted_anew():

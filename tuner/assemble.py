@@ -44,6 +44,9 @@ T = TypeVar("T")
 
 DEFAULT_TEMPLATE = "enhanced"
 
+NOT_OFFLOADED = (0, "none", "off", "cpu")
+"""Values of an `offload` parameter that leave all work on the CPU."""
+
 PRIVATE = ("host",)
 """Keys of the machine's description that no chat provider is told."""
 
@@ -75,9 +78,19 @@ def prepare(header: Header, *, meter: str, options: MeterOptions, say: Say) -> t
     """
     meters = choose(meter, options, require_measured=header.require_measured)
     bench = _bench(header, meters, say)
+    if not _counts_its_processor(bench):
+        if meter != "auto":
+            raise Refused(
+                f"--meter {meter}: this engine computes on the CPU, which {meter} does not count;"
+                " use --meter auto, rapl or estimate (`tune doctor` says which can be read)"
+            )
+        say(f"not used: {'+'.join(meters.names)}, because this engine computes on the CPU; `tune doctor` mends rapl")
+        meters = choose("estimate", options, require_measured=header.require_measured)
+        bench = _bench(header, meters, say)
     return (
         replace(
             header,
+            plan=replace(header.plan, window_seconds=header.plan.window_seconds or _window_seconds(meters)),
             meters=meters.names,
             meter_options=options.record(),
             meter_sentence=meters.sentence,
@@ -107,7 +120,7 @@ def reopen(study: Study, *, force: bool, say: Say) -> tuple[Bench, Segment | Non
         meters = choose("auto", options, require_measured=header.require_measured)
     bench = _bench(header, meters, say)
     differences = [
-        *machine.differences(study.machine, bench.machine, machine.MUST_MATCH),
+        *machine.differences(study.machine, bench.machine, (*machine.MUST_MATCH, *_boards(meters))),
         *machine.differences(study.identity, bench.identity, sorted({*study.identity, *bench.identity})),
     ]
     if list(study.space) != bench.space.record():
@@ -179,6 +192,21 @@ def asked(runner: Path, question: str, answer: Callable[[], T]) -> T:
         raise Refused(f"{runner}: its {question}() failed ({type(error).__name__}: {error})") from error
 
 
+def _window_seconds(meters: MeterChoice) -> float:
+    """A hundred updates of the slowest counter: NVML's moves every 0.1 s, RAPL's every millisecond."""
+    return 10.0 if "nvml" in meters.names else 2.0
+
+
+def _counts_its_processor(bench: Bench) -> bool:
+    """Whether the meter counts the processor that the engine computes on.
+
+    A GPU's counter beside an engine that computes on the CPU would measure idling, and call it measured.
+    """
+    offload = [p for p in bench.space.parameters if p.lever == "offload"]
+    on_cpu = bench.identity.get("device") == "cpu" or any(p.default in NOT_OFFLOADED for p in offload)
+    return not on_cpu or any(domain.startswith("cpu") for domain in bench.meters.domains)
+
+
 def _boards(meters: MeterChoice) -> dict[str, str]:
     """Which GPU stands behind each domain: part of the record, so that studies of two boards never meet."""
     if "nvml" not in meters.names:
@@ -201,7 +229,7 @@ def _without_blind(space: SearchSpace, meters: MeterChoice, asked: set[str]) -> 
             " choose a meter with a counter (`tune doctor` says which), or leave it out"
         )
     for parameter in space.parameters:
-        offloads = parameter.lever == "offload" and parameter.default not in (0, "none", "off", "cpu")
+        offloads = parameter.lever == "offload" and parameter.default not in NOT_OFFLOADED
         if offloads and not any(domain.startswith("gpu") for domain in meters.domains):
             raise Refused(
                 f"{parameter.name}={show(parameter.default)} computes on a GPU, whose energy the"
@@ -340,7 +368,17 @@ class _NoChat:
 def next_messages(study: Study, template: str | None, say: Say) -> list[Message]:
     """The exact messages that the next proposal of `study` would send."""
     header = replace(study.header, template=template or study.header.template or DEFAULT_TEMPLATE)
-    bench, _ = reopen(study, force=True, say=say)
+    bench, elsewhere = reopen(study, force=True, say=say)
+    if elsewhere:
+        say(f"the search space is that of this machine ({'; '.join(elsewhere.differences)}); all else is the study's")
+    # What the prompt says of machine and energy is what was recorded, wherever it is printed.
+    quality = next((q for t in study.history.measured if (q := t.quality)), bench.meters.quality)
+    bench = replace(
+        bench,
+        machine=study.machine,
+        identity=study.identity,
+        meters=replace(bench.meters, quality=quality),
+    )
     llm = llm_proposer(header, bench, _NoChat())
     history = study.history
     return llm.messages(forbidden(bench.space, history.decisions), history)

@@ -145,8 +145,8 @@ def _others(trial: Trial) -> str | None:
     if busy <= MOST_CPUS_OF_OTHERS:
         return None
     return (
-        f"other processes kept {number_text(busy)} CPUs busy meanwhile: counters count them too, and threads"
-        " that spin while they wait use several times the CPU; stop them (`top` shows which) and measure again"
+        f"other processes kept {number_text(busy)} CPUs busy meanwhile: a counter counts them too, and the engine's"
+        " threads that spin while they wait use several times the CPU; stop them (`top` shows which) and measure again"
     )
 
 

@@ -1,9 +1,9 @@
 """The command line: read options, build the parts, call one function, choose the exit code.
 
 Results go to standard output, progress and warnings to standard error. Exit codes: 0 the goal was
-reached (or there was none to miss), 1 something failed, 2 the command was wrong, 3 the budget was
-spent before the goal or the confirmation did not show it, 130 and 143 interrupted. Whatever happens,
-finished trials are kept.
+reached (or there was none to miss), 1 something failed, 2 the command was wrong, 3 the threshold was
+not reached, by the confirmation where there is one, 130 and 143 interrupted. Whatever happens, finished
+trials are kept.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tuner.display import Screen
     from tuner.files import Kind
     from tuner.journal import Changes, End, Header, Journal
+    from tuner.study import Threshold
     from tuner.trial import Chat
 
 app = typer.Typer(
@@ -106,7 +107,10 @@ def run(
     ] = None,
     trials: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Stop after so many trials, the default's included. [default: {DEFAULT_TRIALS}]"),
+        typer.Option(
+            min=1,
+            help=f"Stop after so many trials, the default's too. [default: {DEFAULT_TRIALS}, none with --time]",
+        ),
     ] = None,
     time_limit: Annotated[
         str | None,
@@ -126,8 +130,12 @@ def run(
     ] = None,
     windows: Annotated[int, typer.Option(min=1, max=1000, help="Measured windows in one trial.")] = 5,
     window: Annotated[
-        str, typer.Option(metavar="TIME", help="Least length of one window; it holds whole passes.")
-    ] = "2s",
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Least length of one window; it holds whole passes. [default: 2s, on a GPU counter 10s]",
+        ),
+    ] = None,
     timeout: Annotated[str, typer.Option(metavar="TIME", help="End a trial that takes longer.")] = "10m",
     confirm_pairs: Annotated[
         int | None,
@@ -155,6 +163,10 @@ def run(
     from tuner.trial import Target
 
     with _screen() as screen:
+        if confirm_pairs is not None and confirm_pairs % 2:
+            raise Refused(
+                f"--confirm-pairs {confirm_pairs}: expected an even number, so that steady drift cancels, or 0"
+            )
         if resume is not None:
             _refuse_with_resume(context)
             _resume(
@@ -175,10 +187,7 @@ def run(
             return
         if force:
             raise Refused("--force: it goes with --resume STUDY")
-        if not batch and not sys.stdin.isatty():
-            raise Refused(
-                "nobody can be asked: standard input is no terminal; add --batch to run every proposal without asking"
-            )
+        _refuse_without_person(batch=batch)
         if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
             raise Refused(f"--name {name!r}: expected letters, digits, dots, dashes and underscores, at most 100")
         local = Path(model).expanduser() if model else None
@@ -201,12 +210,12 @@ def run(
             pins=tuple(pin or ()),
             ranges=tuple(narrow or ()),
             threshold=threshold,
-            trials=trials or DEFAULT_TRIALS,
+            trials=trials or (None if time_limit else DEFAULT_TRIALS),
             time_seconds=seconds("--time", time_limit) if time_limit else None,
             confirm_pairs=DEFAULT_PAIRS if confirm_pairs is None else confirm_pairs,
             plan=Plan(
                 windows=windows,
-                window_seconds=seconds("--window", window),
+                window_seconds=seconds("--window", window) if window else None,
                 timeout_seconds=seconds("--timeout", timeout),
             ),
             require_measured=require_measured,
@@ -247,6 +256,13 @@ def _refuse_with_resume(context: typer.Context) -> None:
             )
 
 
+def _refuse_without_person(*, batch: bool) -> None:
+    if not batch and not sys.stdin.isatty():
+        raise Refused(
+            "nobody can be asked: standard input is no terminal; add --batch to run every proposal without asking"
+        )
+
+
 def _start(
     screen: Screen,
     header: Header,
@@ -283,6 +299,7 @@ def _resume(screen: Screen, folder: Path, changes: Changes, *, batch: bool, forc
     from tuner.study import Threshold, resumed
 
     recorded = read(folder).header
+    _refuse_without_person(batch=batch)
     if recorded.proposer != "llm" and (given := changes.llm or changes.base_url or changes.template):
         raise Refused(f"{given}: {folder} is a study of {recorded.proposer}, which uses no LLM; start a new study")
     if changes.threshold:
@@ -323,7 +340,8 @@ def _open_chat(screen: Screen, header: Header) -> Chat | None:
 
     if header.proposer != "llm" or header.llm is None:
         return None
-    return open_chat(header.llm, base_url=header.base_url, ask_person=screen.ask_paste, notify=screen.say)
+    person = screen.ask_paste if sys.stdin.isatty() else None
+    return open_chat(header.llm, base_url=header.base_url, ask_person=person, notify=screen.say)
 
 
 def _check_proposer(header: Header, bench: Bench, chat: Chat | None) -> None:
@@ -336,20 +354,22 @@ def _check_proposer(header: Header, bench: Bench, chat: Chat | None) -> None:
 def _go(screen: Screen, journal: Journal, header: Header, bench: Bench, chat: Chat | None, *, batch: bool) -> None:
     """Run the study in the open journal to its end, confirm what it found, and leave with the exit code."""
     from tuner.session import Session
+    from tuner.study import Threshold
 
     session = Session(screen=screen, journal=journal, header=header, bench=bench, chat=chat, batch=batch)
     with _signals():
         end, found = session.run()
-    measured = journal.study.history.best is not None
-    raise typer.Exit(_exit_code(end, found, measured=measured, asked=header.threshold is not None))
+    if end.kind in ("failures", "chat") or journal.study.history.best is None:
+        raise typer.Exit(FAILURE)
+    threshold = Threshold.parse(header.threshold) if header.threshold else None
+    raise typer.Exit(SUCCESS if threshold is None or _reached(threshold, end, found) else UNFINISHED)
 
 
-def _exit_code(end: End, found: Saving | None, *, measured: bool, asked: bool) -> int:
-    """`asked`: whether there was a threshold to reach; `found`: what the confirmation showed, where there was one."""
-    if end.kind in ("failures", "chat") or not measured:
-        return FAILURE
-    unconfirmed = found is not None and not found.shown
-    return UNFINISHED if asked and (end.kind != "goal" or unconfirmed) else SUCCESS
+def _reached(threshold: Threshold, end: End, found: Saving | None) -> bool:
+    """Whether the threshold was reached: by fresh runs where there are any, else by the search's own figure."""
+    if end.kind != "goal":
+        return False
+    return found is None or threshold.reached(found.ratio, found.best_joules_per_unit)
 
 
 # --- tune report, prompt, doctor ---------------------------------------------------------------

@@ -9,16 +9,21 @@ from the pairs alone.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tuner.evaluate import Launcher
-from tuner.journal import Journal, Pair, Study
+from tuner.journal import Header, Journal, Pair, Study
+from tuner.meters import MeterOptions
 from tuner.space import Value
 from tuner.summary import percent_text, student_t
-from tuner.trial import Proposal, Quality, Trial
+from tuner.trial import QUALITIES, Proposal, Quality, Trial
+
+Worth = Callable[[Trial], float | None]
+"""Joules per unit of a trial, or None."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,8 @@ class Saving:
     """What the pairs show.
 
     `ratio` is best over default, with the ends of its two-sided 95 % interval. Assumes that the logarithms
-    of the pairs' ratios are independent and near normal: Student's t over the pairs.
+    of the pairs' ratios are independent and near normal: Student's t over the pairs. Where the energy is an
+    estimate, the interval spans those at both ends of the power range as well.
     """
 
     ratio: float
@@ -34,41 +40,70 @@ class Saving:
     high: float
     pairs: int
     quality: Quality
+    """The worst among the runs."""
+    best_joules_per_unit: float
+    """Geometric mean of the best's fresh runs."""
 
     @property
     def shown(self) -> bool:
+        """Whether the whole interval lies below the default."""
         return self.high < 1
 
 
 def pair_order(number: int) -> bool:
-    """Whether the default comes first in pair `number`: ABBA, so that steady drift cancels."""
+    """Whether the default comes first in pair `number`: ABBA, so that steady drift cancels over two pairs."""
     return number % 2 == 0
 
 
-def saving(pairs: Sequence[Pair]) -> Saving | None:
+def saving(pairs: Sequence[Pair], header: Header) -> Saving | None:
     """The saving that `pairs` show; None below two pairs in which both sides were measured."""
-    logs = [math.log(best / default) for pair in pairs if (ends := _ends(pair)) for default, best in [ends]]
-    if len(logs) < 2:
+    sides = [(p.default, p.best) for p in pairs if p.default.joules_per_unit and p.best.joules_per_unit]
+    if len(sides) < 2:
         return None
-    mean = statistics.fmean(logs)
-    half = student_t(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
-    qualities = [q for p in pairs for t in (p.default, p.best) if (q := t.quality)]
+    quality = max((q for side in sides for t in side if (q := t.quality)), key=QUALITIES.index)
+    values: list[Worth] = [lambda t: t.joules_per_unit]
+    if quality == "estimated":
+        values += _at_the_ends(header)
+    intervals = [_interval(sides, value) for value in values]
     return Saving(
-        ratio=math.exp(mean),
-        low=math.exp(mean - half),
-        high=math.exp(mean + half),
-        pairs=len(logs),
-        quality="measured" if all(q == "measured" for q in qualities) else "estimated",
+        ratio=intervals[0][0],
+        low=min(low for _, low, _ in intervals),
+        high=max(high for _, _, high in intervals),
+        pairs=len(sides),
+        quality=quality,
+        best_joules_per_unit=statistics.geometric_mean([b.joules_per_unit or 0.0 for _, b in sides]),
     )
 
 
-def _ends(pair: Pair) -> tuple[float, float] | None:
-    default, best = pair.default.joules_per_unit, pair.best.joules_per_unit
-    return (default, best) if default and best else None
+def _interval(sides: Sequence[tuple[Trial, Trial]], value: Worth) -> tuple[float, float, float]:
+    """Ratio of best over default with the ends of its 95 % interval."""
+    logs = [math.log(b / d) for default, best in sides if (d := value(default)) and (b := value(best))]
+    mean = statistics.fmean(logs)
+    half = student_t(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
-def verdict(found: Saving | None, done: int, planned: int) -> str:
-    """The last sentence of a study, from `done` of `planned` pairs."""
+def _at_the_ends(header: Header) -> list[Worth]:
+    """Joules per unit at both ends of an estimate's power range, from each window's wall and CPU seconds."""
+    from tuner.meters.estimate import PowerModel
+
+    model = PowerModel.of(MeterOptions.from_record(header.meter_options), int(header.machine.get("cores_logical", "1")))
+
+    def worth(end: PowerModel) -> Worth:
+        def of(trial: Trial) -> float | None:
+            windows = [(m, m.cpu_seconds) for m in trial.valid if m.cpu_seconds is not None]
+            if len(windows) < len(trial.valid):
+                return trial.joules_per_unit
+            joules = sum(end.reading(m.seconds, cpu).microjoules for m, cpu in windows) / 1e6
+            return joules / sum(m.work.units for m, _ in windows)
+
+        return of
+
+    return [worth(end) for end in model.extremes()]
+
+
+def verdict(found: Saving | None, done: int, planned: int, trial: int | None = None) -> str:
+    """The last sentence of a study, from `done` of `planned` pairs of trial `trial` and the default."""
     if not planned:
         return "Not confirmed, so no saving is claimed."
     if done < planned:
@@ -76,12 +111,20 @@ def verdict(found: Saving | None, done: int, planned: int) -> str:
     if found is None:
         return "No saving shown: the confirmation could not be measured."
     interval = f"95 % CI {percent_text(1 - found.high)} to {percent_text(1 - found.low)}"
-    label = "" if found.quality == "measured" else ", estimated from CPU time and not measured"
+    label = {
+        "measured": "",
+        "estimated": ", estimated from CPU time over the whole power range and not measured",
+    }.get(found.quality, f", {found.quality}")
     beside = f"({interval}, {found.pairs} fresh pairs{label})"
+    who = "The best setting" if trial is None else f"Trial {trial}"
     if not found.shown:
-        return f"No saving shown {beside}."
-    verb = "Saves" if found.quality == "measured" else "Saves an estimated"
-    return f"{verb} {percent_text(1 - found.ratio)} {beside}."
+        return f"No saving shown: {who[0].lower()}{who[1:]} against the default {beside}."
+    verb = (
+        "saves"
+        if found.quality == "measured"
+        else f"saves {'an' if found.quality == 'estimated' else 'a'} {found.quality}"
+    )
+    return f"{who} {verb} {percent_text(1 - found.ratio)} {beside}."
 
 
 def concluded(study: Study) -> str | None:
@@ -90,7 +133,14 @@ def concluded(study: Study) -> str | None:
         return None
     last = study.pairs[-1]
     pairs = pairs_of(study, last.config, last.planned)
-    return verdict(saving(pairs), len(pairs), last.planned)
+    said = verdict(saving(pairs, study.header), len(pairs), last.planned, last.best.number)
+    best = study.history.best
+    if best and best.config != last.config:
+        said += f" Trial {best.number} is better in the search and was not confirmed."
+    plans = {(json.dumps(p.config, sort_keys=True), p.planned) for p in study.pairs}
+    if len(plans) > 1:
+        said += f" This is confirmation {len(plans)} of this study: each is one more chance to see what is not there."
+    return said
 
 
 def pairs_of(study: Study, config: Mapping[str, Value], planned: int) -> list[Pair]:
@@ -124,7 +174,7 @@ def confirm(
                 planned=pairs,
             )
         )
-    return saving(done)
+    return saving(done, journal.study.header)
 
 
 def _again(trial: Trial) -> Proposal:

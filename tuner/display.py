@@ -294,7 +294,9 @@ class Screen:
             line.append("best so far  -", "dim")
         else:
             line.append("best so far  ", "dim")
-            line.append_text(self._text(f"{joules_text(best.joules_per_unit)}/{unit(best)}", "bold"))
+            label = quality_text(best)
+            figure = f"{joules_text(best.joules_per_unit)}/{unit(best)}{label and f' {label}'}"
+            line.append_text(self._text(figure, "bold"))
             ratio = against(best, history.default) if history.default else None
             if best is history.default:
                 line.append(f" (trial {best.number}, the default)")
@@ -658,7 +660,7 @@ class Screen:
                 ("study", str(study.folder)),
                 ("workload", header.workload),
                 ("proposer", f"{header.llm}, template {header.template}" if header.llm else header.proposer),
-                ("meter", header.meter_sentence),
+                ("meter", study.segments[-1].meter_sentence if study.segments else header.meter_sentence),
                 ("machine", ", ".join(f"{k} {v}" for k, v in study.machine.items())),
                 ("engine", ", ".join(f"{k} {v}" for k, v in study.identity.items())),
             ]

@@ -68,7 +68,7 @@ def find(kind: Kind, name: str, *, local: bool = True) -> Path:
 
 def shipped(path: Path) -> bool:
     """Whether the file came with tune."""
-    return any(path.is_relative_to(home) for home in (_PACKAGE, _PACKAGE.parent / "runners"))
+    return any(path.is_relative_to(home) for kind in _SUFFIX for home in folders(kind)[1:])
 
 
 def load_runner(path: Path) -> Runner:

@@ -40,8 +40,8 @@ class Plan:
 
     windows: int = 5
     """Measured windows in one trial."""
-    window_seconds: float = 2.0
-    """A window holds whole passes of the load and lasts at least this long."""
+    window_seconds: float | None = None
+    """A window holds whole passes of the load and lasts at least this long; None until the meter is known."""
     retries: int = 3
     """How often an invalid window is measured again."""
     timeout_seconds: float = 600.0
@@ -204,11 +204,6 @@ class Study:
                 return replace(self, pairs=(*self.pairs, event))
             case End():
                 return replace(self, ends=(*self.ends, event))
-
-    def facts(self) -> dict[str, object]:
-        """The header as plain values, with what later segments changed: what an export says of every row."""
-        plain: dict[str, object] = msgspec.to_builtins(self.header)
-        return {**plain, "segments": msgspec.to_builtins(self.segments)}
 
     @property
     def segment(self) -> int:

@@ -60,7 +60,7 @@ def measure(
     valid, repeats = 0, 0
     while valid < plan.windows:
         report(f"measuring {valid + 1}/{plan.windows}")
-        window = _window(engine, meter, plan.window_seconds, clocks)
+        window = _window(engine, meter, plan.window_seconds or 0.0, clocks)
         yield window
         if window.valid:
             valid += 1

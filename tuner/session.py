@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tuner.assemble import Bench, asked, open_proposer
 from tuner.checks import doubts
-from tuner.confirm import Saving, confirm, pairs_of, verdict
+from tuner.confirm import Saving, concluded, confirm, verdict
 from tuner.display import Screen
 from tuner.evaluate import Launcher, trial_folder
 from tuner.journal import End, Header, Journal, StopKind
@@ -92,7 +92,7 @@ class Session:
         if self.header.trials:
             parts.append(f"at most {self.header.trials} trials")
         if self.header.time_seconds:
-            parts.append(f"at most {self.header.time_seconds / 60:.3g} minutes")
+            parts.append(f"at most {seconds_text(self.header.time_seconds)} of trials")
         return ", ".join(parts)
 
     # --- during ---
@@ -115,7 +115,7 @@ class Session:
         proposer = open_proposer(self.header, self.bench, self.chat, self._keep, self.journal.append)
         if self.batch:
             return proposer
-        return Review(proposer, self.screen.decide, self._note)
+        return Review(proposer, self.screen.decide, self.journal.append)
 
     def _launcher(self) -> Launcher:
         return Launcher(
@@ -128,9 +128,6 @@ class Session:
             segment=self.journal.study.segment,
             report=self.screen.phase,
         )
-
-    def _note(self, decision: Decision) -> None:
-        self.journal.append(decision)
 
     def _keep(self, number: int, prompt: str, reply: str | None) -> None:
         if reply is None:
@@ -179,10 +176,10 @@ class Session:
         if default is None:
             return "No saving shown: the default was not measured, so there is nothing to compare with."
         if best.config == default.config:
-            return "No saving shown: no setting used less energy than the engine's default."
-        if end.kind in ("person", "chat"):
+            return "No saving shown: no setting used less energy than the default."
+        if end.kind in ("person", "chat") or not planned:
             return verdict(None, 0, 0)
-        return verdict(found, len(pairs_of(study, best.config, planned)), planned)
+        return concluded(study) or verdict(found, 0, planned)
 
     def _conclude(self, end: End, found: Saving | None) -> None:
         history = self.journal.study.history

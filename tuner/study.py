@@ -17,6 +17,7 @@ from tuner.evaluate import Evaluate
 from tuner.journal import End, Journal, Pending, StopKind
 from tuner.proposers.review import forbidden
 from tuner.space import Refused, SearchSpace
+from tuner.summary import seconds_text
 from tuner.trial import Decision, Goal, History, Proposal, Proposer, Trial
 
 FAILURES_IN_A_ROW = 3
@@ -55,6 +56,10 @@ class Threshold:
         default = history.default
         return self.value * default.joules_per_unit if default and default.joules_per_unit else None
 
+    def reached(self, ratio: float, joules_per_unit: float) -> bool:
+        """Whether fresh runs got there: `ratio` to the default, `joules_per_unit` of the setting itself."""
+        return (ratio if self.relative else joules_per_unit) <= self.value
+
     def __call__(self, history: History) -> str | None:
         best, limit = history.best, self.joules_per_unit(history)
         if best is None or best.joules_per_unit is None or limit is None or best.joules_per_unit > limit:
@@ -76,7 +81,7 @@ def within(seconds: float) -> Goal:
 
     def goal(history: History) -> str | None:
         spent = sum(t.seconds for t in history.current)
-        return f"the {seconds / 60:.3g} minutes are over" if spent >= seconds else None
+        return f"the {seconds_text(seconds)} for trials are over" if spent >= seconds else None
 
     return goal
 

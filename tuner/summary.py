@@ -26,11 +26,12 @@ from functools import lru_cache
 from tuner.space import SearchSpace, Value, show
 from tuner.trial import Exchange, History, Trial, Unit
 
-NOISE_FLOOR = 0.03
+NOISE_FLOOR = 0.05
 """No ratio closer to 1 than this (in ln) is told from noise, whatever the windows say.
 
 The windows of one trial share one launch: the same memory layout, the same clocks, the same neighbours.
-They understate how far two launches of one configuration differ, which is 3 to 10 % on a busy machine."""
+They understate how far two launches of one configuration differ: by 2 % (standard deviation) on a quiet
+machine, which is 1.96 * sqrt(2) * 2 % = 5.5 % for a difference of two, and several times that on a busy one."""
 
 CONFIDENCE = 0.95
 

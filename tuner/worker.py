@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -66,9 +66,12 @@ class Found:
     load_seconds: float | None = None
 
     def result(self, error: str | None = None) -> Result:
-        """As the parent reads it."""
+        """As the parent reads it. The windows of a trial that failed later are kept, and do not count."""
+        windows = self.windows
+        if error is not None:
+            windows = [replace(w, energy={}, invalid=(*w.invalid, "the trial failed later")) for w in windows]
         return Result(
-            measurements=tuple(self.windows), effective=self.effective, load_seconds=self.load_seconds, error=error
+            measurements=tuple(windows), effective=self.effective, load_seconds=self.load_seconds, error=error
         )
 
 

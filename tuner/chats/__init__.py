@@ -110,6 +110,11 @@ def _address(provider: str, base_url: str | None) -> str | None:
         legal = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
     except ValueError:
         legal = False
+    if legal and (parts.username or parts.password or parts.query):
+        # The address is written into the study's journal.
+        raise Refused(
+            f"{source}: expected an address without a user, password or query; keys belong into {KEYS[provider]}"
+        )
     if not legal or not url.isprintable() or " " in url:
         raise Refused(f"{source} {excerpt(url)}: expected an address like http://localhost:11434/v1")
     return url

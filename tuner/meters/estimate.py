@@ -83,6 +83,18 @@ class PowerModel:
             high=microjoules(self.base.high, self.full.high),
         )
 
+    def extremes(self) -> tuple[PowerModel, PowerModel]:
+        """The two ends of what is unknown about ratios: least and most power at rest for the power at full load.
+
+        The energy of one configuration over that of another depends on base / full alone, so what holds at
+        both ends holds for every power in the range.
+        """
+
+        def with_powers(base: float, full: float) -> PowerModel:
+            return PowerModel(Watts(base, base, base), Watts(full, full, full), self.logical_cpus)
+
+        return with_powers(self.base.low, self.full.high), with_powers(self.base.high, self.full.low)
+
     def __str__(self) -> str:
         return f"CPU time x power range {self.base.low:g}..{self.full.high:g} W on {self.logical_cpus} logical CPUs"
 

@@ -39,7 +39,9 @@ class DefaultFirst:
         if history.current:
             return self.inner.propose(space, history)
         if default in Untried.of(space, history):
-            return Proposal(config=space.check(default), source="default", reason="the engine's own setting")
+            return Proposal(
+                config=space.check(default), source="default", reason="the setting that the others are held against"
+            )
         proposal = self.inner.propose(space, history)
         if proposal and (faults := space.broken(default)):
             why = f"the default is not legal here ({'; '.join(faults)}), so there is nothing to compare with; "

@@ -75,6 +75,7 @@ class Llm:
             return replace(found, exchanges=tuple(exchanges))
         stand_in = self.fallback.propose(space, history)
         if stand_in is None:
+            self.lose(Lost(before_trial=number, exchanges=tuple(exchanges)))
             return None
         return replace(
             stand_in,
@@ -121,11 +122,7 @@ class Llm:
         config = space.complete(answer.changes)
         known = history.find(config)
         if known is not None:
-            outcome = (
-                f"failed: {known.error}"
-                if known.joules_per_unit is None
-                else f"{summary.joules_text(known.joules_per_unit)} per {self.view.unit}"
-            )
+            outcome = f"failed: {known.error}" if known.joules_per_unit is None else summary.energy_text(known)
             raise Refused(
                 f"this configuration was already trial {known.number} ({outcome});"
                 " propose one that is not in the results"
@@ -279,6 +276,7 @@ class View:
             "effects": [e.sentence for e in summary.effects(space, history)],
             "energy": dict(summary.where_energy_goes(best)) if best else {},
             "remarks": [remark_view(space, d) for d in history.decisions if told(d)],
+            "new_remarks": [remark_view(space, d) for d in untold(history)],
         }
 
     def _row(
@@ -306,9 +304,21 @@ class View:
 
 def told(decision: Decision) -> bool:
     """Whether the next prompt should know of this decision."""
-    return decision.action in ("remark", "reject", "forbid", "edit") or (
-        decision.action in ("accept", "batch") and bool(decision.remark)
-    )
+    return decision.action in ("remark", "reject", "forbid", "edit")
+
+
+def untold(history: History) -> list[Decision]:
+    """The decisions that a conversation has not heard of: those since the newest prompt that led to a trial.
+
+    What turned a proposal down was told at once, in the prompt that asked for another one.
+    """
+    asked = max((t.number for t in history.current if t.proposal.exchanges), default=-1)
+    return [
+        d
+        for d in history.decisions
+        if told(d)
+        and (d.before_trial == len(history) or (d.before_trial >= asked and d.action in ("remark", "forbid", "edit")))
+    ]
 
 
 def remark_view(space: SearchSpace, decision: Decision) -> dict[str, object]:

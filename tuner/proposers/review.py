@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from tuner.space import Config, Constraint, SearchSpace, show
 from tuner.summary import typical_trial_seconds
-from tuner.trial import Decision, History, Proposal, Proposer
+from tuner.trial import Decision, History, Lost, Proposal, Proposer
 
 Decide = Callable[[SearchSpace, History, Proposal, float | None], Decision]
 """The dialogue: the space, what has happened, the proposal, and what a trial costs in seconds."""
@@ -72,7 +72,7 @@ class Review:
 
     inner: Proposer
     decide: Decide
-    note: Callable[[Decision], object]
+    note: Callable[[Decision | Lost], object]
     trial_seconds: Callable[[History], float | None] = typical_trial_seconds
 
     @property
@@ -86,7 +86,13 @@ class Review:
         proposal = self.inner.propose(forbidden(space, history.decisions), history)
         while proposal is not None and proposal.source != "default" and not in_batch(history.decisions):
             legal = forbidden(space, history.decisions)
-            decision = self.decide(legal, history, proposal, self.trial_seconds(history))
+            try:
+                decision = self.decide(legal, history, proposal, self.trial_seconds(history))
+            except BaseException:
+                # Left at the question: the prompts that led to it were paid for.
+                if proposal.exchanges:
+                    self.note(Lost(before_trial=len(history), exchanges=proposal.exchanges))
+                raise
             if decision.action == "forbid" and not _forbids(decision, proposal):
                 # A decision that keeps its proposal turned it down: so its prompts are counted once.
                 decision = replace(decision, proposal=None)

@@ -22,6 +22,7 @@ from itertools import combinations
 from tuner.proposers.random import instead_of
 from tuner.proposers.untried import Untried, inside
 from tuner.space import Choice, Config, Float, Int, Parameter, SearchSpace, Value, show
+from tuner.summary import NOISE_FLOOR, percent_text
 from tuner.trial import History, Proposal
 
 # --- what an expert knows --------------------------------------------------------------------
@@ -192,9 +193,11 @@ class Effect:
         if self.failed:
             result = "failed"
         elif self.saving > 0:
-            result = f"saved {-math.expm1(-self.saving):.1%}"
+            result = f"used {percent_text(-math.expm1(-self.saving))} less"
         else:
-            result = f"cost {math.expm1(-self.saving):.1%}"
+            result = f"used {percent_text(math.expm1(-self.saving))} more"
+        if not self.failed and abs(self.saving) < NOISE_FLOOR:
+            result += " (within noise)"
         return f"{show(self.old)} -> {show(self.new)}{others} {result}"
 
 
