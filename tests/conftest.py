@@ -2,8 +2,14 @@ import os
 import sys
 from pathlib import Path
 
+from hypothesis import settings
+
 # Fakes and contracts are shared by tests and by the processes that tests start.
 sys.path.insert(0, str(Path(__file__).parent))
 
 # OpenMP's threads spin while they wait; where tests share two cores, the spinning is all that happens.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# No test depends on a clock; and a machine that only says yes or no should say the same each time.
+settings.register_profile("tune", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("tune")
