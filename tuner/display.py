@@ -660,7 +660,7 @@ class Screen:
                 ("study", str(study.folder)),
                 ("workload", header.workload),
                 ("proposer", f"{header.llm}, template {header.template}" if header.llm else header.proposer),
-                ("meter", study.segments[-1].meter_sentence if study.segments else header.meter_sentence),
+                ("meter", (study.segments[-1] if study.segments else header).meter_sentence.removeprefix("meter: ")),
                 ("machine", ", ".join(f"{k} {v}" for k, v in study.machine.items())),
                 ("engine", ", ".join(f"{k} {v}" for k, v in study.identity.items())),
             ]
