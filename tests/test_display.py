@@ -186,7 +186,7 @@ def test_the_live_view_says_where_the_study_is():
     desk.screen.close()
     assert seen.file.getvalue().splitlines()[1:] == [
         "llama-7  trial 3 of 15  measuring 2/5 12 s  total 5 min 12 s",
-        "best so far  900 mJ/token (trial 2, 0.90x)  threshold 800 mJ, 12 % to go",
+        "best  900 mJ/token (trial 2, 0.90x)  threshold 800 mJ, 12 % to go",
         "energy so far  570 J  trials  █×▁",
     ]
 
@@ -195,7 +195,7 @@ def test_the_live_view_before_the_first_result_says_that_there_is_none():
     desk = Desk(live=True)
     desk.screen.study_started("s", None, None)
     desk.screen.close()
-    assert "best so far  -" in ESCAPE.sub("", desk.err)
+    assert "best  -" in ESCAPE.sub("", desk.err)
 
 
 def test_the_live_view_says_when_the_threshold_is_reached_and_what_is_estimated():

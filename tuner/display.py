@@ -291,9 +291,9 @@ class Screen:
         history = running.history
         best, line = history.best, Text()
         if best is None or best.joules_per_unit is None:
-            line.append("best so far  -", "dim")
+            line.append("best  -", "dim")
         else:
-            line.append("best so far  ", "dim")
+            line.append("best  ", "dim")
             label = quality_text(best)
             figure = f"{joules_text(best.joules_per_unit)}/{unit(best)}{label and f' {label}'}"
             line.append_text(self._text(figure, "bold"))
