@@ -342,7 +342,7 @@ def test_rules_follow_a_direction_that_paid_off_and_say_so():
     history = ran(space, ({}, 1.0), ({"parallel": 8}, 0.7))
     proposal = open_classical("rules", 0).propose(space, history)
     assert proposal.config["parallel"] > 8
-    assert "4 -> 8 saved 30.0%" in proposal.reason
+    assert "4 -> 8 used 30 % less" in proposal.reason
     assert "from trial 1" in proposal.reason
 
 
@@ -420,7 +420,7 @@ def test_rules_do_not_go_further_where_a_trial_failed():
     assert all(t.config["parallel"] < 16 for t in following.trials[2:])
 
 
-@pytest.mark.parametrize(("joules", "words"), [(None, "4 -> 8 failed"), (5.0, "4 -> 8 cost 400.0%")])
+@pytest.mark.parametrize(("joules", "words"), [(None, "4 -> 8 failed"), (5.0, "4 -> 8 used 400 % more")])
 def test_a_dear_trial_is_not_called_a_failed_one(joules, words):
     space = SearchSpace((slots(),))
     known = effects(space, seen_trials(space, ran(space, ({}, 1.0), ({"parallel": 8}, joules))))
