@@ -187,7 +187,6 @@ def run(
             return
         if force:
             raise Refused("--force: it goes with --resume STUDY")
-        _refuse_without_person(batch=batch)
         if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
             raise Refused(f"--name {name!r}: expected letters, digits, dots, dashes and underscores, at most 100")
         local = Path(model).expanduser() if model else None
@@ -286,6 +285,7 @@ def _start(
         header = replace(header, name=free_name(results, "-".join((*parts, time.strftime("%Y%m%d-%H%M%S")))))
     chat = _open_chat(screen, header)
     _check_proposer(header, bench, chat)
+    _refuse_without_person(batch=batch)
     folder = results_folder(results, header.name)
     if warning:
         screen.warn(warning)

@@ -260,8 +260,9 @@ def read(folder: Path) -> Study:
     path = folder / NAME
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
-        raise Refused(f"{folder}: no study here (expected {NAME}); see `ls {folder.parent}`") from None
+    except (FileNotFoundError, NotADirectoryError):
+        nearby = folder if folder.is_dir() else folder.parent
+        raise Refused(f"{folder}: no study here (expected {NAME}); see `ls {nearby}`") from None
     except OSError as error:
         raise Refused(f"{path}: {error.strerror}") from error
     return _parse(folder, content)

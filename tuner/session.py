@@ -139,8 +139,8 @@ class Session:
         if trial is history.default and self.header.trials:
             runs = self.header.trials - len(history.current) + 2 * self.header.confirm_pairs
             self.screen.say(
-                f"a run takes about {seconds_text(trial.seconds)}; the {self.header.trials - 1} trials and"
-                f" {self.header.confirm_pairs} pairs that may follow take about {seconds_text(runs * trial.seconds)}"
+                f"a run takes about {seconds_text(trial.seconds)}; all that may follow, the confirmation included,"
+                f" takes about {seconds_text(runs * trial.seconds)}"
             )
 
     def _interrupted(self) -> None:

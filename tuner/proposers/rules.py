@@ -189,7 +189,7 @@ class Effect:
     """The later trial failed: `saving` is a rank then, not a measurement."""
 
     def __str__(self) -> str:
-        others = f" with {self.changed - 1} other changes" if self.changed > 1 else ""
+        others = f" (one of {self.changed} changes, which share the effect)" if self.changed > 1 else ""
         if self.failed:
             result = "failed"
         elif self.saving > 0:
