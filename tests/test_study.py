@@ -1,11 +1,12 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import SPACE, trial
 
 from tuner.journal import End, Header, Journal, Pending, read
+from tuner.proposers import open_classical
 from tuner.proposers.first import DefaultFirst
 from tuner.space import Refused
 from tuner.study import (
@@ -117,8 +118,13 @@ def test_a_proposal_is_on_disk_before_its_trial_starts(journal):
     assert [(p.number, p.proposal.source) for p in seen] == [(0, "default"), (1, "walk")]
 
 
-@given(st.integers(0, 5))
-def test_a_study_cut_short_at_any_trial_and_resumed_ends_as_an_uninterrupted_one(tmp_path_factory, survivors):
+@pytest.mark.parametrize("name", ["walk", "rules", "sobol"])
+@given(survivors=st.integers(0, 5))
+@settings(max_examples=12)
+def test_a_study_cut_short_at_any_trial_and_resumed_ends_as_an_uninterrupted_one(tmp_path_factory, name, survivors):
+    def proposer():
+        return Walk() if name == "walk" else open_classical(name, seed=3)
+
     def to_the_end(folder, cut):
         header = Header(name="s", workload="w", target=Target(), proposer="walk")
         Journal.create(folder, header).close()
@@ -130,9 +136,9 @@ def test_a_study_cut_short_at_any_trial_and_resumed_ends_as_an_uninterrupted_one
                 return evaluate(number, proposal)
 
             with Journal.resume(folder) as journal, pytest.raises(KeyboardInterrupt):
-                go(journal, goals={"budget": [at_most(6)]}, evaluate=dies)
+                go(journal, goals={"budget": [at_most(6)]}, proposer=proposer(), evaluate=dies)
         with Journal.resume(folder) as journal:
-            go(journal, goals={"budget": [at_most(6)]})
+            go(journal, goals={"budget": [at_most(6)]}, proposer=proposer())
             return [(t.number, t.config, t.joules_per_unit, t.proposal) for t in journal.study.history.trials]
 
     whole = to_the_end(tmp_path_factory.mktemp("whole"), None)
