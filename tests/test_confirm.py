@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from records import trial, window
 
-from tuner.confirm import concluded, confirm, pair_order, pairs_of, saving, verdict
+from tuner.confirm import concluded, confirm, here, pair_order, pairs_of, saving, verdict
 from tuner.evaluate import Launcher
-from tuner.journal import Header, Journal, Pair, Plan
+from tuner.journal import Header, Journal, Pair, Plan, Segment
 from tuner.trial import Target
 
 HEADER = Header(name="s", workload="w", target=Target(), proposer="p", machine={"cores_logical": "2"})
@@ -211,3 +211,10 @@ def test_an_estimated_saving_that_holds_over_the_whole_power_range_is_shown():
 def test_a_study_without_pairs_concludes_nothing(tmp_path):
     with Journal.create(tmp_path, HEADER) as journal:
         assert concluded(journal.study) is None
+
+
+def test_pairs_of_a_forced_segment_are_judged_by_the_machine_they_ran_on(tmp_path):
+    with Journal.create(tmp_path, HEADER) as journal:
+        journal.append(Segment(number=1, differences=("host",), machine={"cores_logical": "64"}, identity={}))
+        assert here(journal.study).machine == {"cores_logical": "64"}
+        assert here(journal.study).meter_options == HEADER.meter_options

@@ -133,7 +133,7 @@ def concluded(study: Study) -> str | None:
         return None
     last = study.pairs[-1]
     pairs = pairs_of(study, last.config, last.planned)
-    said = verdict(saving(pairs, study.header), len(pairs), last.planned, last.best.number)
+    said = verdict(saving(pairs, here(study)), len(pairs), last.planned, last.best.number)
     best = study.history.best
     if best and best.config != last.config:
         said += f" Trial {best.number} is better in the search and was not confirmed."
@@ -141,6 +141,11 @@ def concluded(study: Study) -> str | None:
     if len(plans) > 1:
         said += f" This is confirmation {len(plans)} of this study: each is one more chance to see what is not there."
     return said
+
+
+def here(study: Study) -> Header:
+    """The header as it holds for the newest segment: its pairs ran on that segment's machine."""
+    return replace(study.header, machine=study.machine)
 
 
 def pairs_of(study: Study, config: Mapping[str, Value], planned: int) -> list[Pair]:
@@ -174,7 +179,7 @@ def confirm(
                 planned=pairs,
             )
         )
-    return saving(done, journal.study.header)
+    return saving(done, here(journal.study))
 
 
 def _again(trial: Trial) -> Proposal:
