@@ -24,12 +24,13 @@ from typing import Literal, Self
 import msgspec
 
 from tuner.space import Refused, Value
-from tuner.trial import Decision, History, Lost, Proposal, Target, Trial
+from tuner.trial import Decision, History, Lost, Noise, Proposal, Repeat, Target, Trial
 
 StopKind = Literal["goal", "budget", "failures", "person", "exhausted", "chat"]
 
 # Version 1: header, changes, proposal, trial, decision, lost, segment, pair, end.
-FORMAT = 1
+# Version 2: adds repeat, prune; a trial may hold its warm-up, idle power and whole energy. Reads version 1.
+FORMAT = 2
 
 NAME = "journal.jsonl"
 
@@ -46,6 +47,20 @@ class Plan:
     """How often an invalid window is measured again."""
     timeout_seconds: float = 600.0
     """A trial that takes longer is ended, and has failed."""
+    warm_up_seconds: tuple[float, float] | None = None
+    """At least and at most so long until the engine is steady; None until the meter is known."""
+    cool_down_seconds: float = 60.0
+    """At most so long is waited between two trials for the temperature of the first one."""
+    most_others: float = 0.25
+    """Share of all CPUs above which other processes make a window invalid; 1 leaves it to the reader."""
+    launches: int = 4
+    """At most so many launches of a configuration that matters, until its 95 % interval is within `precision`."""
+    precision: float = 0.02
+    """Half-width of that interval, as a share."""
+    sentinel_every: int = 4
+    """After so many trials default or best runs again, to see drift; 0 for never."""
+    fast: bool = False
+    """Short windows, single launches: it may rank, it may not claim."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +94,10 @@ class Header:
     meter_sentence: str = ""
     blind: tuple[str, ...] = ()
     """Parameters held at their default because the meter cannot see what they do."""
+    noise: Noise | None = None
+    """From the calibration that fits this machine, engine, model, load, plan and meter; None without one."""
+    power_control: bool = False
+    """Whether the GPU's power limit and clock were allowed to be tuned."""
     space: tuple[Mapping[str, object], ...] = ()
     machine: Mapping[str, str] = field(default_factory=dict)
     identity: Mapping[str, str] = field(default_factory=dict)
@@ -116,6 +135,7 @@ class Segment:
     meters: tuple[str, ...] = ()
     meter_sentence: str = ""
     space: tuple[Mapping[str, object], ...] = ()
+    noise: Noise | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +150,22 @@ class Pair:
     """The configuration that is confirmed."""
     planned: int
     """How many pairs were decided on beforehand. Looking at four and then asking for more is another plan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune:
+    """A pair that asks whether changes may go back to their defaults without losing the gain."""
+
+    number: int
+    kept: Trial
+    shorter: Trial
+    """With fewer changes from the default."""
+    kept_first: bool
+    config: Mapping[str, Value]
+    """The shorter configuration."""
+    dropped: tuple[str, ...]
+    """Parameters that are back at their defaults in it."""
+    planned: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,16 +184,18 @@ class Pending:
     proposal: Proposal
 
 
-Event = Trial | Decision | Lost | Pending | Changes | Segment | Pair | End
+Event = Trial | Repeat | Decision | Lost | Pending | Changes | Segment | Pair | Prune | End
 
 _KINDS: dict[str, type[Event]] = {
     "proposal": Pending,
     "trial": Trial,
+    "repeat": Repeat,
     "decision": Decision,
     "lost": Lost,
     "changes": Changes,
     "segment": Segment,
     "pair": Pair,
+    "prune": Prune,
     "end": End,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
@@ -172,6 +210,7 @@ class Study:
     history: History = field(default_factory=History)
     segments: tuple[Segment, ...] = ()
     pairs: tuple[Pair, ...] = ()
+    prunes: tuple[Prune, ...] = ()
     ends: tuple[End, ...] = ()
     pending: Pending | None = None
     pending_starts: int = 0
@@ -186,7 +225,7 @@ class Study:
                 # A stop that was asked for says nothing against the configuration that it cut short.
                 starts = 0 if event.action == "stop" else self.pending_starts
                 return replace(self, history=self.history.add(event), pending_starts=starts)
-            case Lost():
+            case Lost() | Repeat():
                 return replace(self, history=self.history.add(event))
             case Changes():
                 return replace(self, header=event.made_to(self.header))
@@ -195,13 +234,15 @@ class Study:
             case Segment():
                 return replace(
                     self,
-                    history=replace(self.history, segment=event.number),
+                    history=replace(self.history, segment=event.number, noise=event.noise),
                     segments=(*self.segments, event),
                     pending=None,
                     pending_starts=0,
                 )
             case Pair():
                 return replace(self, pairs=(*self.pairs, event))
+            case Prune():
+                return replace(self, prunes=(*self.prunes, event))
             case End():
                 return replace(self, ends=(*self.ends, event))
 
@@ -280,7 +321,8 @@ def _parse(folder: Path, content: bytes) -> Study:
                 f"{path}: written in format {head.format}, this tune reads up to format {FORMAT};"
                 " use the version that wrote it, or a newer one"
             )
-        study = Study(folder=folder, header=msgspec.json.decode(head.body, type=Header))
+        header = msgspec.json.decode(head.body, type=Header)
+        study = Study(folder=folder, header=header, history=History(noise=header.noise))
     except msgspec.MsgspecError as error:
         raise Refused(f"{path}: line 1 is no study header ({error})") from error
     for number, line in enumerate(lines[1:], start=2):

@@ -10,6 +10,7 @@ counters are integers of microjoules.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,10 +21,14 @@ from tuner.space import Config, Lever, SearchSpace, Value
 
 Unit = Literal["token", "image"]
 
-Quality = Literal["measured", "replayed", "simulated", "estimated"]
-"""Where a reading comes from, best first. The worst domain labels a total."""
+Quality = Literal["measured", "sampled", "replayed", "simulated", "estimated"]
+"""Where a reading comes from, best first. The worst domain labels a total.
 
-QUALITIES: tuple[Quality, ...] = ("measured", "replayed", "simulated", "estimated")
+measured: a hardware counter of energy; sampled: power readings of a device, added up; replayed: looked up
+in a recorded table; simulated: made by a model of noise; estimated: computed from CPU time.
+"""
+
+QUALITIES: tuple[Quality, ...] = ("measured", "sampled", "replayed", "simulated", "estimated")
 
 
 # --- what is run -----------------------------------------------------------------------------
@@ -63,6 +68,8 @@ class Work:
     """Time in token generation, summed over the requests."""
     request_seconds: tuple[float, ...] = ()
     """Wall time of each request."""
+    failed_requests: int = 0
+    """Requests that brought no answer; a window that holds one does not count."""
 
 
 class Engine(Protocol):
@@ -135,6 +142,8 @@ class Meter(Protocol):
     quality: Quality
     blind_to: frozenset[Lever]
     """Levers whose effect on energy this meter cannot see."""
+    update_seconds: float
+    """Between two updates of the slowest domain; 0.0 where every reading is made at the moment it is asked for."""
 
     def domains(self) -> tuple[str, ...]:
         """Names of the domains: `gpu0`, `cpu0`, `dram0`."""
@@ -144,6 +153,60 @@ class Meter(Protocol):
 
     def close(self) -> None:
         """Release handles and threads; may be called twice."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Least, mean and largest of a figure that was sampled about once a second."""
+
+    low: float
+    mean: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Telemetry:
+    """What the hardware said of itself during a window, beside its energy. It explains; it is never the objective."""
+
+    samples: int = 0
+    spans: Mapping[str, Span] = field(default_factory=dict)
+    """`gpu0_celsius`, `gpu0_sm_mhz`, `gpu0_memory_mhz`, `gpu0_watts`, `gpu0_busy` (a share), `cpu_celsius`, `cpu_mhz`;
+    only what can be read here."""
+    throttled: tuple[str, ...] = ()
+    """Every reason to run slower that was reported, `gpu0: hardware thermal slowdown`; also the harmless ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmUp:
+    """How an engine came to its steady state, after loading and before the first window."""
+
+    seconds: float
+    units_per_second: tuple[float, ...]
+    """Throughput of each slice, in order."""
+    steady: bool
+    """Whether the last slices agreed before the time for it was over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Idle:
+    """Power while nothing is asked of the machine: without an engine, and with the engine loaded and waiting."""
+
+    machine_watts: float
+    loaded_watts: float
+    seconds: float
+    """Length of each of the two windows."""
+    quality: Quality
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How far two launches of one configuration lie apart: the standard deviation of ln(joules per unit)."""
+
+    sigma: float
+    degrees: int
+    """Degrees of freedom behind `sigma`; 0 where it is an assumption."""
+    source: str
+    """`calibration NAME`, `the repeats of this study`, or `assumed`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +227,15 @@ class Measurement:
     """CPU time that everything else on the machine used inside the window."""
     peak_memory_bytes: int | None = None
     """Largest resident set of the worker so far."""
+    passes: int = 1
+    """Passes of the load in the window."""
+    started_unix: float | None = None
+    """When it began, for people and for meters outside; never subtracted."""
+    readings: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Each domain's counter at the start and at the end, in microjoules, as it was read."""
+    aligned: bool = False
+    """Whether both ends were put on a tick of the slowest counter."""
+    telemetry: Telemetry | None = None
     invalid: tuple[str, ...] = ()
     """The causes that make this window invalid; empty when it counts."""
 
@@ -248,7 +320,11 @@ class Proposal:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One configuration, run once in a process of its own."""
+    """One configuration, run in a process of its own: once, or again where the search wanted to be sure.
+
+    Every launch is a `Trial`; the first one holds the others in `repeats`. What a launch measured is in
+    `launch_joules_per_unit`, what is known of the configuration in `joules_per_unit`.
+    """
 
     number: int
     config: Config
@@ -267,30 +343,48 @@ class Trial:
     """When it started, for people; never subtracted."""
     segment: int = 0
     """Raised by a forced resume on another machine or engine; segments are not compared."""
+    warm_up: WarmUp | None = None
+    idle: Idle | None = None
+    """Measured with the first trial of a study."""
+    spent: Mapping[str, Energy] = field(default_factory=dict)
+    """Energy of the whole trial by domain, loading and warm-up included; empty when it is not known."""
+    repeats: tuple[Trial, ...] = ()
+    """Further launches of this configuration, also those that failed."""
 
     @property
     def valid(self) -> tuple[Measurement, ...]:
+        """The windows of this launch that count."""
         return tuple(m for m in self.measurements if m.joules_per_unit is not None)
 
     @property
-    def joules_per_unit(self) -> float | None:
-        """Sum of joules over sum of units of the valid windows; None when the trial failed."""
+    def launch_joules_per_unit(self) -> float | None:
+        """Of this launch alone: sum of joules over sum of units of the valid windows; None when it failed."""
         if self.error is not None or not self.valid:
             return None
         return sum(m.joules for m in self.valid) / sum(m.work.units for m in self.valid)
 
     @property
+    def launches(self) -> tuple[Trial, ...]:
+        """Every launch of this configuration that was measured, this one first; none when this one failed."""
+        if self.launch_joules_per_unit is None:
+            return ()
+        return (self, *(r for r in self.repeats if r.launch_joules_per_unit is not None))
+
+    @property
+    def joules_per_unit(self) -> float | None:
+        """Geometric mean over the launches; None when the trial failed."""
+        return _geometric_mean([t.launch_joules_per_unit for t in self.launches])
+
+    @property
     def joules_per_unit_bounds(self) -> tuple[float, float] | None:
         """The bounds that an estimate's own range gives; both ends equal for a counter."""
-        if self.joules_per_unit is None:
-            return None
-        units = sum(m.work.units for m in self.valid)
-        energies = [e for m in self.valid for e in m.energy.values()]
-        return sum(e.low for e in energies) / units, sum(e.high for e in energies) / units
+        ends = [_bounds(t) for t in self.launches]
+        low, high = _geometric_mean([low for low, _ in ends]), _geometric_mean([high for _, high in ends])
+        return None if low is None or high is None else (low, high)
 
     @property
     def relative_sd(self) -> float | None:
-        """Standard deviation between the windows of this trial over their mean; None below 2 windows."""
+        """Standard deviation between the windows of this launch over their mean; None below 2 windows."""
         values = [v for m in self.valid if (v := m.joules_per_unit) is not None]
         if len(values) < 2:
             return None
@@ -299,13 +393,29 @@ class Trial:
 
     @property
     def units_per_second(self) -> float | None:
-        if self.joules_per_unit is None:
-            return None
-        return sum(m.work.units for m in self.valid) / sum(m.seconds for m in self.valid)
+        """Units over seconds, over the windows of all launches."""
+        windows = [m for t in self.launches for m in t.valid]
+        return sum(m.work.units for m in windows) / sum(m.seconds for m in windows) if windows else None
 
     @property
     def quality(self) -> Quality | None:
-        return max((m.quality for m in self.valid), key=QUALITIES.index, default=None)
+        """The worst among all launches."""
+        windows = (m for t in (self, *self.launches[1:]) for m in t.valid)
+        return max((m.quality for m in windows), key=QUALITIES.index, default=None)
+
+
+def _bounds(launch: Trial) -> tuple[float, float]:
+    units = sum(m.work.units for m in launch.valid)
+    energies = [e for m in launch.valid for e in m.energy.values()]
+    return sum(e.low for e in energies) / units, sum(e.high for e in energies) / units
+
+
+def _geometric_mean(values: Sequence[float | None]) -> float | None:
+    """One value stays as it is, to the bit; an estimate of 0 J makes the mean 0."""
+    known = [v for v in values if v is not None]
+    if len(known) < 2:
+        return known[0] if known else None
+    return math.exp(statistics.fmean(map(math.log, known))) if all(v > 0 for v in known) else 0.0
 
 
 # --- what has happened -----------------------------------------------------------------------
@@ -330,6 +440,18 @@ class Decision:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Repeat:
+    """One more launch of a configuration that has been measured, between two trials of the search."""
+
+    trial: Trial
+    """The launch; its number is that of the trial that it repeats."""
+    purpose: Literal["contender", "sentinel"]
+    """contender: would be the best, so one launch is not enough; sentinel: has the machine drifted?"""
+    after: int
+    """How many trials were done by then."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Lost:
     """Prompts that were answered but led to no proposal: the chat stayed away, or the study was stopped."""
 
@@ -344,16 +466,24 @@ class History:
     trials: tuple[Trial, ...] = ()
     decisions: tuple[Decision, ...] = ()
     lost: tuple[Lost, ...] = ()
+    repeats: tuple[Repeat, ...] = ()
+    """In the order they happened; each one is also in the `repeats` of its trial."""
+    noise: Noise | None = None
+    """What a calibration of this machine, engine, model and meter found; None without one."""
     segment: int = 0
     """The newest segment; it may have no trial yet."""
 
     def __len__(self) -> int:
         return len(self.trials)
 
-    def add(self, event: Trial | Decision | Lost) -> History:
+    def add(self, event: Trial | Repeat | Decision | Lost) -> History:
         """The history with one more event."""
         if isinstance(event, Trial):
             return replace(self, trials=(*self.trials, event), segment=event.segment)
+        if isinstance(event, Repeat):
+            number, launch = event.trial.number, event.trial
+            trials = tuple(replace(t, repeats=(*t.repeats, launch)) if t.number == number else t for t in self.trials)
+            return replace(self, trials=trials, repeats=(*self.repeats, event))
         if isinstance(event, Lost):
             return replace(self, lost=(*self.lost, event))
         return replace(self, decisions=(*self.decisions, event))

@@ -9,6 +9,7 @@ class Burner:
     name = "burner"
     quality = "measured"
     blind_to = frozenset()
+    update_seconds = 0.0
 
     def __init__(self, clock, watts=100.0):
         self.clock, self.watts = clock, watts
@@ -28,6 +29,7 @@ class Script:
 
     name = "script"
     blind_to = frozenset()
+    update_seconds = 0.0
 
     def __init__(self, *readings, quality="measured"):
         self.readings, self.quality = list(readings), quality

@@ -203,6 +203,7 @@ class Together:
         self.name = "+".join(p.name for p in parts)
         self.quality: Quality = max((p.quality for p in parts), key=QUALITIES.index)
         self.blind_to = blind_to([p.name for p in parts])
+        self.update_seconds = max(p.update_seconds for p in parts)
 
     def domains(self) -> tuple[str, ...]:
         return tuple(domain for part in self._parts for domain in part.domains())

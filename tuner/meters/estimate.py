@@ -130,6 +130,7 @@ class EstimateMeter:
     name = "estimate"
     quality: Quality = "estimated"
     blind_to: frozenset[Lever] = frozenset({"offload", "clock", "power"})
+    update_seconds = 0.0
 
     def __init__(
         self,

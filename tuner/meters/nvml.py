@@ -50,6 +50,9 @@ FAULTS: dict[str, tuple[str, str]] = {
 }
 """What each `NVML_ERROR_*` means to a person, and the command that mends it."""
 
+UPDATE_SECONDS = 0.1
+"""The total-energy counter moves about every 100 ms (ml.energy, "Measuring GPU energy: best practices")."""
+
 _FIX_LIBRARY = "pip install --force-reinstall nvidia-ml-py"
 
 
@@ -80,6 +83,7 @@ class NvmlMeter:
     name = "nvml"
     quality: Quality = "measured"
     blind_to: frozenset[Lever] = frozenset({"offload"})
+    update_seconds = UPDATE_SECONDS
 
     def __init__(self) -> None:
         self._nvml = library()

@@ -46,6 +46,9 @@ a value that the package exceeds all day, and every good window would be called 
 LIMIT_MARGIN = 2.0
 """Short bursts lie above the power limits that the kernel names; twice the largest does not occur."""
 
+UPDATE_SECONDS = 0.001
+"""Intel SDM volume 3B, 16.10.1: about 1 ms."""
+
 SLOWEST_POLL_SECONDS = 10.0
 
 JITTER_SECONDS = 0.1
@@ -304,6 +307,7 @@ class RaplMeter:
     name = "rapl"
     quality: Quality = "measured"
     blind_to: frozenset[Lever] = frozenset({"offload"})
+    update_seconds = UPDATE_SECONDS
 
     def __init__(
         self,
