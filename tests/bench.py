@@ -54,8 +54,7 @@ def parent(options):
             "--batch",
             "--trials",
             str(options.trials),
-            "--confirm-pairs",
-            "0",
+            "--fast",
         ]
         process = subprocess.Popen(
             [*command, "--results", folder, "--name", "s"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -79,7 +78,7 @@ def methods(options):
             folder = Path(options.results)
             name = f"{method}-{seed}"
             if not (folder / name).exists():
-                command = [*TUNE, "run", "--proposer", method, "--batch", "--seed", str(seed), "--confirm-pairs", "0"]
+                command = [*TUNE, "run", "--proposer", method, "--batch", "--seed", str(seed), "--fast"]
                 quick = ["--windows", "3", "--window", "0.5s", "--prompt-tokens", "64", "--output-tokens", "16"]
                 budget = ["--trials", str(options.trials), "--results", str(folder), "--name", name]
                 subprocess.run([*command, *quick, *budget], check=True, capture_output=True)

@@ -1,11 +1,16 @@
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from hypothesis import settings
 
 # Fakes and contracts are shared by tests and by the processes that tests start.
 sys.path.insert(0, str(Path(__file__).parent))
+
+# What this machine's user has calibrated or left changed is none of the tests' business.
+_STATE = tempfile.TemporaryDirectory(prefix="tune-state-")
+os.environ["TUNE_STATE"] = _STATE.name
 
 # OpenMP's threads spin while they wait; where tests share two cores, the spinning is all that happens.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -4,7 +4,7 @@ import pytest
 from records import trial, window
 
 from tuner.checks import doubts
-from tuner.trial import Energy, History
+from tuner.trial import Energy, History, Repeat, WarmUp
 
 FINE = trial(0, joules=(1.0, 1.01, 0.99))
 
@@ -51,6 +51,22 @@ CASES = {
         ["other processes kept 1.50 CPUs busy", "top"],
     ),
     "idle": (windows(*[replace(window(1.0), cpu_seconds=0.01)] * 3), ["kept 0.00500 CPUs busy", "--meter"]),
+    "failed again": (
+        replace(FINE, repeats=(trial(0), trial(0, error="killed by SIGSEGV"))),
+        ["1 of 3 launches failed (killed by SIGSEGV)", "--range"],
+    ),
+    "not steady": (
+        replace(FINE, warm_up=WarmUp(seconds=10.0, units_per_second=(1.0, 2.0, 3.0), steady=False)),
+        ["not steady after 10 s", "--warm-up 10s..30s"],
+    ),
+    "hardly any warm-up": (
+        replace(FINE, warm_up=WarmUp(seconds=0.1, units_per_second=(1.0,), steady=False)),
+        ["--warm-up 1s..3s"],
+    ),
+    "coarse counter": (
+        windows(*[replace(window(1.0), energy={"wall0": Energy(100, 95, 105)})] * 3),
+        ["moves in steps", "off by 5.0 %", "--window"],
+    ),
     "long load": (replace(FINE, load_seconds=200.0), ["loading took 3 min 20 s for 6.0 s measured", "--window 20s"]),
 }
 
@@ -100,3 +116,18 @@ def test_a_failed_trial_raises_no_doubt():
 
 def test_unknown_cpu_time_is_not_taken_for_idle():
     assert of(windows(*[replace(window(1.0), cpu_seconds=None)] * 3)) == []
+
+
+def test_a_steady_engine_is_not_doubted():
+    assert of(replace(FINE, warm_up=WarmUp(seconds=1.0, units_per_second=(1.0, 1.0, 1.0), steady=True))) == []
+
+
+def test_trials_are_doubted_that_ran_while_the_machine_drifted():
+    history = History()
+    for number in range(4):
+        history = history.add(trial(number, joules=(1.0,) * 3))
+    later = replace(trial(0, joules=(1.1,) * 3), repeats=())
+    history = history.add(Repeat(trial=later, purpose="sentinel", after=4))
+    (said,) = [d for d in doubts(history.trials[2], history) if "drifted" in d]
+    assert "trial 0 used 10 % more when it ran again, so trials 1 to 3" in said
+    assert not [d for d in doubts(history.trials[0], history) if "drifted" in d]

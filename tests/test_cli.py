@@ -22,7 +22,10 @@ from tuner.journal import NAME, read
 
 ENGINE = Path(__file__).parent / "fakes" / "engine.py"
 TUNE = [sys.executable, "-m", "tuner.cli"]
-QUICK = ["--workload", str(ENGINE), "--windows", "2", "--window", "0.02s", "--prompts", "2", "--output-tokens", "2"]
+LOAD = ["--workload", str(ENGINE), "--windows", "2", "--window", "0.02s", "--prompts", "2", "--output-tokens", "2"]
+CALM = [*LOAD, "--warm-up", "0.01s..0.1s", "--most-others", "1"]
+"""As users run it, but short, and beside whatever else runs on this machine."""
+QUICK = [*CALM, "--fast"]
 KEYS = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_BASE_URL", "TUNE_LLM")
 
 
@@ -40,9 +43,8 @@ def tune(*arguments, **more):
 
 
 def run(*arguments, trials=4, pairs=0, name="s", **more):
-    return tune(
-        "run", *QUICK, "--batch", "--trials", trials, "--confirm-pairs", pairs, "--name", name, *arguments, **more
-    )
+    options = [*CALM, "--confirm-pairs", pairs] if pairs else QUICK
+    return tune("run", *options, "--batch", "--trials", trials, "--name", name, *arguments, **more)
 
 
 def study(name="s"):
@@ -57,12 +59,12 @@ def configs(name="s"):
 
 
 def test_a_batch_run_tunes_confirms_and_ends_with_what_was_shown():
-    done = run("--proposer", "rules", pairs=2)
+    done = run("--proposer", "rules", pairs=6)
     assert done.returncode == 0, done.stderr
     found = study()
     assert len(found.history) == 4
     assert found.history.default.number == 0
-    assert len(found.pairs) == 2
+    assert len(found.pairs) == 6
     assert found.ends[-1].reason == "all 4 trials are done"
     assert "95 % CI" in done.stdout
     assert "estimated" in done.stdout
@@ -222,12 +224,12 @@ def test_report_json_is_strict_json():
 
 
 def test_report_shows_a_table_with_every_trial_and_the_label():
-    run("--proposer", "sobol", trials=3, pairs=2)
+    run("--proposer", "sobol", trials=3, pairs=6)
     shown = tune("report", "results/s")
     assert shown.returncode == 0
     assert "estimated" in shown.stdout
     assert shown.stdout.count("sobol") >= 2
-    assert "fresh pairs" in shown.stdout or "No saving shown" in shown.stdout
+    assert "6 pairs" in shown.stdout or "No saving shown" in shown.stdout
 
 
 def test_prompt_prints_what_the_next_call_sends_and_sends_nothing():
@@ -287,7 +289,14 @@ REFUSED = [
     (["run", "--force", *QUICK], "--resume"),
     (["run", *QUICK, "--proposer", "rules"], "nobody can be asked"),
     (["run", *QUICK, "--llm", "paste", "--batch"], "--llm paste needs a person at a terminal"),
-    (["run", *QUICK, "--proposer", "rules", "--batch", "--confirm-pairs", "3"], "expected an even number"),
+    (["run", *CALM, "--proposer", "rules", "--batch", "--confirm-pairs", "7"], "expected an even number"),
+    (["run", *CALM, "--proposer", "rules", "--batch", "--confirm-pairs", "4"], "6 or more"),
+    (["run", *QUICK, "--proposer", "rules", "--batch", "--confirm-pairs", "6"], "fast mode launches once"),
+    (["run", *CALM, "--proposer", "rules", "--batch", "--repeats", "some"], "expected auto"),
+    (["run", *LOAD, "--proposer", "rules", "--batch", "--warm-up", "9s..1s"], "smaller time first"),
+    (["confirm", "results/none"], "no study here"),
+    (["confirm", "results/none", "--pairs", "4"], "6 or more"),
+    (["calibrate", *LOAD, "--launches", "2"], "expected 3 or more"),
     (["run", *QUICK, "--proposer", "llm", "--batch"], "--proposer llm: which one"),
     (["run", *QUICK, "--proposer", "rules", "--batch", "--base-url", "http://127.0.0.1:1/v1"], "--base-url"),
     (["run", *QUICK, "--proposer", "rules", "--batch", "--timeout", "9" * 400], "90s, 20m or 2h"),

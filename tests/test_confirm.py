@@ -1,13 +1,31 @@
 import math
 import random
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import pytest
-from records import trial, window
+from hypothesis import given
+from hypothesis import strategies as st
+from records import SPACE, trial, window
 
-from tuner.confirm import concluded, confirm, here, pair_order, pairs_of, saving, verdict
+from tuner.confirm import (
+    LEAST_PAIRS,
+    MOST_PRUNE_TESTS,
+    Shortened,
+    concluded,
+    confirm,
+    here,
+    pair_order,
+    pairs_of,
+    prune,
+    prune_pairs,
+    saving,
+    shortened,
+    verdict,
+)
 from tuner.evaluate import Launcher
-from tuner.journal import Header, Journal, Pair, Plan, Segment
+from tuner.intervals import sign_flip_interval
+from tuner.journal import Header, Journal, Pair, Plan, Prune, Segment, read
 from tuner.trial import Target
 
 HEADER = Header(name="s", workload="w", target=Target(), proposer="p", machine={"cores_logical": "2"})
@@ -25,37 +43,69 @@ def test_the_saving_is_one_minus_the_geometric_mean_of_the_pairs_ratios():
     assert math.isclose(found.ratio, math.sqrt(0.5 * 0.8))
 
 
-def test_the_interval_is_students_t_over_the_pairs():
-    """Log ratios ln 0.7, ln 0.8, ln 0.75: mean -0.2891807, s 0.0668, t(0.975, 2) 4.3027 (scipy.stats.t.ppf)."""
-    found = saving([pair(0, 1.0, 0.7), pair(1, 1.0, 0.8), pair(2, 1.0, 0.75)], HEADER)
-    logs = [math.log(v) for v in (0.7, 0.8, 0.75)]
-    mean = sum(logs) / 3
-    half = 4.302652729911275 * math.sqrt(sum((x - mean) ** 2 for x in logs) / 2) / math.sqrt(3)
-    assert math.isclose(found.low, math.exp(mean - half), rel_tol=1e-9)
-    assert math.isclose(found.high, math.exp(mean + half), rel_tol=1e-9)
+EIGHT = (0.70, 0.80, 0.75, 0.72, 0.78, 0.74, 0.76, 0.71)
+
+
+def pairs_at(ratios):
+    return [pair(n, 1.0, ratio) for n, ratio in enumerate(ratios)]
+
+
+def test_the_interval_of_eight_pairs_is_students_t():
+    """t(0.975, 7) = 2.364624251592785 (scipy.stats.t.ppf)."""
+    found = saving(pairs_at(EIGHT), HEADER)
+    logs = [math.log(v) for v in EIGHT]
+    mean = sum(logs) / 8
+    half = 2.364624251592785 * math.sqrt(sum((x - mean) ** 2 for x in logs) / 7) / math.sqrt(8)
+    assert (found.low, found.high) == pytest.approx((math.exp(mean - half), math.exp(mean + half)))
+
+
+def test_the_interval_of_six_pairs_is_that_of_the_sign_flips():
+    """Of six values the only centres left out are those beyond all of them."""
+    found = saving(pairs_at(EIGHT[:6]), HEADER)
+    assert (found.low, found.high) == pytest.approx((0.70, 0.80))
+    found = saving(pairs_at(EIGHT[:7]), HEADER)
+    low, high = sign_flip_interval([math.log(v) for v in EIGHT[:7]])
+    assert (found.low, found.high) == pytest.approx((math.exp(low), math.exp(high)))
 
 
 def test_a_saving_is_shown_only_when_the_whole_interval_is_below_the_default():
-    assert saving([pair(0, 1, 0.7), pair(1, 1, 0.71), pair(2, 1, 0.69)], HEADER).shown
-    assert not saving([pair(0, 1, 0.7), pair(1, 1, 1.3), pair(2, 1, 0.69)], HEADER).shown
+    assert saving(pairs_at([0.7] * 5 + [0.99]), HEADER).shown
+    assert not saving(pairs_at([0.7] * 5 + [1.01]), HEADER).shown
 
 
-def test_one_pair_shows_nothing():
-    assert saving([pair(0, 1.0, 0.5)], HEADER) is None
+@pytest.mark.parametrize("count", range(1, LEAST_PAIRS))
+def test_fewer_than_six_pairs_have_a_ratio_and_show_nothing(count):
+    found = saving(pairs_at([0.5] * count), HEADER)
+    assert (found.ratio, found.low, found.high, found.shown) == (pytest.approx(0.5), None, None, False)
+
+
+def test_no_pair_is_no_saving():
+    assert saving([], HEADER) is None
+    assert saving([pair(0, 1.0, None)], HEADER) is None
+
+
+@given(st.lists(st.floats(0.2, 5), min_size=6, max_size=12), st.floats(0.1, 10))
+def test_the_saving_does_not_depend_on_the_scale_of_the_energies(ratios, scale):
+    found = saving(pairs_at(ratios), HEADER)
+    scaled = saving([pair(n, scale, scale * ratio) for n, ratio in enumerate(ratios)], HEADER)
+    assert (found.low, found.ratio, found.high) == pytest.approx((scaled.low, scaled.ratio, scaled.high))
+    assert found.low <= found.ratio * (1 + 1e-12)
+    assert found.high >= found.ratio * (1 - 1e-12)
 
 
 def test_a_pair_with_a_failed_side_does_not_count():
     assert saving([pair(0, 1.0, 0.5), pair(1, 1.0, None), pair(2, 1.0, 0.5)], HEADER).pairs == 2
 
 
-def test_equal_configurations_are_called_a_saving_in_at_most_four_percent_of_studies():
-    """Two-sided 95 %: 2.5 % of studies err towards a saving. 2000 studies, 4 pairs, 3 % spread; 3 sd above."""
+@pytest.mark.parametrize(("count", "level"), [(6, 1 / 64), (7, 3 / 128), (8, 0.025)])
+def test_equal_configurations_are_called_a_saving_as_rarely_as_the_interval_says(count, level):
+    """Half of what a two-sided 95 % interval leaves out. 1500 studies with 3 % spread; 3 sd above."""
     rng = random.Random(7)
     claims = 0
-    for _ in range(2000):
-        pairs = [pair(n, math.exp(rng.gauss(0, 0.03)), math.exp(rng.gauss(0, 0.03))) for n in range(4)]
+    for _ in range(1500):
+        pairs = [pair(n, math.exp(rng.gauss(0, 0.03)), math.exp(rng.gauss(0, 0.03))) for n in range(count)]
         claims += saving(pairs, HEADER).shown
-    assert claims / 2000 < 0.025 + 3 * math.sqrt(0.025 * 0.975 / 2000)
+    assert claims / 1500 < level + 3 * math.sqrt(level * (1 - level) / 1500)
 
 
 def test_pairs_are_in_abba_order_so_that_steady_drift_cancels():
@@ -76,14 +126,24 @@ def test_pairs_are_in_abba_order_so_that_steady_drift_cancels():
         ([pair(0, 1, 0.5)] * 3, 4, "No saving is claimed: 3 of 4 fresh pairs are done."),
         ([pair(n, 1, None) for n in range(4)], 4, "No saving shown: the confirmation could not be measured."),
         (
-            [pair(n, 1, 1 + 0.01 * (-1) ** n) for n in range(4)],
-            4,
-            "No saving shown: the best setting against the default (95 % CI",
+            [pair(n, 1, 0.7) for n in range(5)],
+            5,
+            "No saving shown: 5 pairs were measured, and fewer than 6 show nothing with 95 % confidence.",
         ),
         (
-            [pair(n, 1, 0.7 + 0.001 * n) for n in range(4)],
-            4,
-            "The best setting saves 30 % (95 % CI 30 % to 30 %, 4 fresh pairs).",
+            [pair(n, 1, 1 + 0.01 * (-1) ** n) for n in range(8)],
+            8,
+            "No saving shown: the best setting against the default (95 % CI -0.9 to 0.9 %, 8 pairs).",
+        ),
+        (
+            pairs_at(EIGHT),
+            8,
+            "The best setting saves 26 % (95 % CI 23 to 28 %, 8 pairs).",
+        ),
+        (
+            [pair(n, 1, 30 + n) for n in range(6)],
+            6,
+            "No saving shown: the best setting against the default (95 % CI below -1000 to below -1000 %, 6 pairs).",
         ),
     ],
 )
@@ -92,8 +152,8 @@ def test_the_last_sentence_follows_from_the_pairs_alone(pairs, planned, sentence
 
 
 def test_an_estimated_saving_is_called_estimated():
-    measured = [pair(n, 1, 0.7 + 0.001 * n) for n in range(4)]
-    assert "estimated" not in verdict(saving(measured, HEADER), 4, 4)
+    measured = [pair(n, 1, 0.7 + 0.001 * n) for n in range(6)]
+    assert "estimated" not in verdict(saving(measured, HEADER), 6, 6)
     pairs = [
         Pair(
             number=n,
@@ -101,11 +161,11 @@ def test_an_estimated_saving_is_called_estimated():
             best=estimated_side(1, 7.0 + n / 100, 14.0),
             default_first=True,
             config={},
-            planned=4,
+            planned=6,
         )
-        for n in range(4)
+        for n in range(6)
     ]
-    sentence = verdict(saving(pairs, HEADER), 4, 4)
+    sentence = verdict(saving(pairs, HEADER), 6, 6)
     assert sentence.startswith("The best setting saves an estimated 30 %")
     assert "not measured" in sentence
 
@@ -161,7 +221,7 @@ def test_a_verdict_names_its_trial_and_says_when_another_one_is_better_by_now(tm
     with Journal.create(tmp_path, HEADER) as journal:
         default = journal.append(trial(0)).history.trials[0]
         best = journal.append(trial(1, {"parallel": 8}, (0.7,))).history.trials[1]
-        confirm(journal, launcher, default, best, 2, lambda n: None)
+        confirm(journal, launcher, default, best, 6, lambda n: None)
         assert concluded(journal.study).startswith("Trial 1 saves")
         journal.append(trial(2, {"parallel": 9}, (0.6,)))
         assert concluded(journal.study).endswith("Trial 2 is better in the search and was not confirmed.")
@@ -183,9 +243,9 @@ def test_an_estimated_saving_that_turns_into_a_loss_within_the_power_range_is_no
             best=estimated_side(1, 12.0, 12.0),
             default_first=True,
             config={},
-            planned=2,
+            planned=6,
         )
-        for n in range(2)
+        for n in range(6)
     ]
     found = saving(pairs, HEADER)
     assert found.ratio < 0.75
@@ -201,9 +261,9 @@ def test_an_estimated_saving_that_holds_over_the_whole_power_range_is_shown():
             best=estimated_side(1, 7.0, 14.0),
             default_first=True,
             config={},
-            planned=2,
+            planned=6,
         )
-        for n in range(2)
+        for n in range(6)
     ]
     assert saving(pairs, HEADER).shown
 
@@ -218,3 +278,234 @@ def test_pairs_of_a_forced_segment_are_judged_by_the_machine_they_ran_on(tmp_pat
         journal.append(Segment(number=1, differences=("host",), machine={"cores_logical": "64"}, identity={}))
         assert here(journal.study).machine == {"cores_logical": "64"}
         assert here(journal.study).meter_options == HEADER.meter_options
+
+
+# --- the shortest setting that keeps the gain ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine(Launcher):
+    """Its energy is `worth` of the configuration, give or take half a per mille; None fails."""
+
+    worth: Callable[[Mapping], float | None]
+    launched: list = field(default_factory=list)
+
+    def __call__(self, number, proposal):
+        self.launched.append((proposal.config, self.log_name))
+        joules = self.worth(proposal.config)
+        if joules is None:
+            return trial(number, proposal.config, error="crash", proposal=proposal, segment=self.segment)
+        wobble = 1 + 0.0005 * math.sin(7 * len(self.launched))
+        return trial(number, proposal.config, (joules * wobble,), proposal=proposal, segment=self.segment)
+
+
+def engine(folder, worth, **more):
+    return Engine(
+        folder=folder, runner=folder, target=Target(), meters=(), meter_options={}, plan=Plan(), worth=worth, **more
+    )
+
+
+def nobody(*_):
+    pass
+
+
+ALL = {"parallel": 8, "threads": 1, "flash": "on"}
+
+
+def confirmed(journal, launcher, changes, tried=()):
+    """A study that has found `changes`, after some single changes, and has confirmed them with six pairs."""
+    segment = launcher.segment
+    default = trial(len(journal.study.history), joules=(1.0,), segment=segment)
+    default = replace(default, proposal=replace(default.proposal, source="default"))
+    journal.append(default)
+    for change, joules in tried:
+        journal.append(trial(len(journal.study.history), change, (joules,), segment=segment))
+    best = trial(len(journal.study.history), changes, (0.5,), segment=segment)
+    journal.append(best)
+    confirm(journal, launcher, default, best, 6, nobody)
+
+
+def pruned(folder, worth, changes=ALL, tried=(), pairs=6):
+    """(what still differs from the default, the attempts) after pruning `changes`."""
+    launcher = engine(folder, worth)
+    with Journal.create(folder, HEADER) as journal:
+        confirmed(journal, launcher, changes, tried)
+        prune(journal, launcher, SPACE, pairs, nobody)
+        config, attempts = shortened(read(folder))
+    return {name: value for name, value in config.items() if value != SPACE[name].default}, attempts
+
+
+def only(name, saves=0.3):
+    """An engine to which a single change matters."""
+    return lambda config: 1 - saves if config[name] != SPACE[name].default else 1.0
+
+
+def test_changes_that_do_not_matter_go_back_to_their_default_together(tmp_path):
+    left, (attempt,) = pruned(tmp_path, only("flash"))
+    assert left == {"flash": "on"}
+    assert attempt.dropped == ("parallel", "threads")
+    assert attempt.ratio == pytest.approx(1, abs=0.001)
+    assert attempt.sentence.startswith("parallel, threads: back at default; without: 1.000x the energy, at most 1.00")
+
+
+def test_when_the_gain_is_lost_the_changes_are_asked_about_one_by_one(tmp_path):
+    left, attempts = pruned(tmp_path, only("parallel"))
+    assert left == {"parallel": 8, "flash": "on"}
+    assert [(a.dropped, a.keeps_the_gain) for a in attempts] == [
+        (("parallel", "threads"), False),
+        (("parallel",), False),
+        (("threads",), True),
+    ]
+    assert attempts[0].sentence.startswith("parallel, threads: kept; without: 1.4")
+
+
+def test_a_change_is_dropped_only_when_it_is_surely_worth_less_than_one_percent(tmp_path):
+    left, (attempt,) = pruned(
+        tmp_path, lambda config: 0.7 if config["threads"] == 1 else 0.706, {"threads": 1, "flash": "on"}
+    )
+    assert attempt.keeps_the_gain
+    assert 1.008 < attempt.bound < 1.01
+    assert left == {"flash": "on"}
+
+
+def test_a_change_that_may_be_worth_one_percent_stays(tmp_path):
+    left, (attempt,) = pruned(
+        tmp_path,
+        lambda c: (0.7 if c["threads"] == 1 else 0.708) if c["flash"] == "on" else 1,
+        {"threads": 1, "flash": "on"},
+    )
+    assert not attempt.keeps_the_gain
+    assert left == {"threads": 1, "flash": "on"}
+
+
+def test_what_the_search_saw_save_something_is_not_in_the_first_group(tmp_path):
+    tried = [({"parallel": 8}, 0.6), ({"threads": 1}, 1.0), ({"flash": "on"}, 0.85)]
+    left, attempts = pruned(tmp_path, only("parallel", saves=0.4), tried=tried)
+    assert [a.dropped for a in attempts] == [("threads",)]
+    assert left == {"parallel": 8, "flash": "on"}
+
+
+def test_a_single_change_is_the_shortest_there_is(tmp_path):
+    assert pruned(tmp_path, only("flash"), {"flash": "on"}) == ({"flash": "on"}, ())
+
+
+def test_what_a_constraint_forbids_is_not_tried(tmp_path):
+    left, attempts = pruned(tmp_path, only("parallel"), {"parallel": 1, "threads": 1, "flash": "on"})
+    assert [a.dropped for a in attempts] == [("parallel", "threads"), ("parallel",)]
+    assert left == {"parallel": 1, "threads": 1, "flash": "on"}
+
+
+def test_a_group_that_a_constraint_forbids_leaves_all_as_it_is(tmp_path):
+    """`threads` would go first, and its default needs more than `parallel` 1."""
+    tried = [({"parallel": 1}, 0.6), ({"threads": 1}, 1.0)]
+    changes = {"parallel": 1, "threads": 1}
+    assert pruned(tmp_path, only("parallel"), changes, tried) == (changes, ())
+
+
+def test_what_cannot_be_measured_without_is_kept(tmp_path):
+    def worth(config):
+        return 0.7 if config["flash"] == "on" and config["threads"] == 1 else 1.0 if config["flash"] == "auto" else None
+
+    left, (attempt, *_) = pruned(tmp_path, worth, {"threads": 1, "flash": "on"})
+    assert left == {"threads": 1, "flash": "on"}
+    assert attempt.sentence == "threads: kept, because it could not be measured without"
+
+
+def test_too_few_measured_pairs_drop_nothing():
+    assert not Shortened(("threads",), 1.0, None, 5, SPACE.default()).keeps_the_gain
+
+
+def test_a_pruning_that_was_cut_short_goes_on_and_asks_nothing_twice(tmp_path):
+    launcher = engine(tmp_path, only("parallel"))
+
+    def cut_short(names, number):
+        if names == ("parallel",) and number == 2:
+            raise KeyboardInterrupt
+
+    with Journal.create(tmp_path, HEADER) as journal:
+        confirmed(journal, launcher, ALL)
+        with pytest.raises(KeyboardInterrupt):
+            prune(journal, launcher, SPACE, 6, cut_short)
+    began = []
+    with Journal.resume(tmp_path) as journal:
+        prune(journal, launcher, SPACE, 6, lambda names, number: began.append((names, number)))
+        assert began == [(("parallel",), n) for n in range(2, 6)] + [(("threads",), n) for n in range(6)]
+        _, attempts = shortened(journal.study)
+        assert len(attempts) == MOST_PRUNE_TESTS
+        prune(journal, launcher, SPACE, 6, lambda *_: pytest.fail("nothing is left to ask"))
+
+
+def test_pruning_runs_in_abba_order_with_a_log_for_each_pair(tmp_path):
+    launcher = engine(tmp_path, only("flash"))
+    with Journal.create(tmp_path, HEADER) as journal:
+        confirmed(journal, launcher, ALL)
+        before = len(launcher.launched)
+        prune(journal, launcher, SPACE, 6, nobody)
+    runs = launcher.launched[before:]
+    assert [config["threads"] for config, _ in runs] == [1, 2, 2, 1] * 3
+    assert [log for _, log in runs[::2]] == [f"prune-1-{n}.log" for n in range(1, 7)]
+
+
+def test_without_a_saving_there_is_nothing_to_shorten(tmp_path):
+    launcher = engine(tmp_path, lambda config: 1.0)
+    with Journal.create(tmp_path, HEADER) as journal:
+        assert shortened(journal.study) == (None, ())
+        confirmed(journal, launcher, ALL)
+        prune(journal, launcher, SPACE, 6, lambda *_: pytest.fail("no saving was shown"))
+        assert shortened(journal.study) == (None, ())
+
+
+def test_pruning_in_a_new_segment_starts_anew(tmp_path):
+    launcher = engine(tmp_path, only("flash"))
+    with Journal.create(tmp_path, HEADER) as journal:
+        confirmed(journal, launcher, ALL)
+        prune(journal, launcher, SPACE, 6, nobody)
+        journal.append(Segment(number=1, differences=("host",), machine={}, identity={}))
+        elsewhere = replace(launcher, segment=1)
+        confirmed(journal, elsewhere, ALL)
+        assert shortened(journal.study)[1] == ()
+        began = []
+        prune(journal, elsewhere, SPACE, 6, lambda names, number: began.append(number))
+        assert began == list(range(6))
+        assert [a.dropped for a in shortened(journal.study)[1]] == [("parallel", "threads")]
+
+
+def test_an_attempt_on_another_setting_does_not_count(tmp_path):
+    launcher = engine(tmp_path, only("flash"))
+    with Journal.create(tmp_path, HEADER) as journal:
+        confirmed(journal, launcher, ALL)
+        kept, shorter = trial(1, {"parallel": 9}, (0.7,)), trial(1, {}, (0.7,))
+        for number in range(6):
+            journal.append(
+                Prune(
+                    number=number,
+                    kept=kept,
+                    shorter=shorter,
+                    kept_first=True,
+                    config=shorter.config,
+                    dropped=("parallel",),
+                    planned=6,
+                )
+            )
+        assert shortened(journal.study) == ({**SPACE.default(), **ALL}, ())
+
+
+def study_with(folder, ratios):
+    with Journal.create(folder, HEADER) as journal:
+        for number, ratio in enumerate(ratios):
+            journal.append(replace(pair(number, 1.0, ratio), planned=len(ratios)))
+        return journal.study
+
+
+def test_pairs_for_pruning_follow_from_the_noise_of_the_confirmation(tmp_path):
+    """Pairs that differ by 2 % in ln: s = 0.02 sqrt(8 / 7), n = (2.487 s / 0.00995)^2 = 28.6, made even."""
+    assert prune_pairs(study_with(tmp_path, [0.7 * math.exp(0.02 * (-1) ** n) for n in range(8)])) == 30
+
+
+def test_even_a_silent_machine_prunes_with_the_least_number_of_pairs(tmp_path):
+    assert prune_pairs(study_with(tmp_path, [0.7] * 8)) == LEAST_PAIRS
+
+
+@pytest.mark.parametrize("ratios", [(), (0.7,), (0.7, None)])
+def test_without_two_pairs_nothing_says_how_many_pruning_takes(tmp_path, ratios):
+    assert prune_pairs(study_with(tmp_path, ratios)) is None

@@ -11,7 +11,8 @@ import pytest
 from tuner.journal import read
 
 ENGINE = Path(__file__).parent / "fakes" / "engine.py"
-QUICK = ["--workload", str(ENGINE), "--windows", "1", "--window", "0.01s", "--prompts", "2", "--output-tokens", "2"]
+LOAD = ["--workload", str(ENGINE), "--windows", "1", "--window", "0.01s", "--prompts", "2", "--output-tokens", "2"]
+QUICK = [*LOAD, "--fast", "--warm-up", "0.01s..0.1s", "--most-others", "1"]
 ASK = r"\[s\]top \[\?\] >"
 
 

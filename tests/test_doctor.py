@@ -185,6 +185,7 @@ def bare(tmp_path, monkeypatch):
     """Nothing to measure with, on any machine."""
     monkeypatch.setenv("TUNE_POWERCAP_ROOT", str(tmp_path / "nothing"))
     monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setitem(sys.modules, "zeus", None)
     for name in doctor.KEYS:
         monkeypatch.delenv(name, raising=False)
 
@@ -194,6 +195,7 @@ def test_everything_is_looked_at_in_a_fixed_order(bare):
         "meter nvml",
         "meter rapl",
         "meter estimate",
+        "meter wall",
         "machine",
         "frequency governor",
         "other load",
@@ -231,6 +233,33 @@ def test_meters_are_found_where_they_are(bare, monkeypatch, tmp_path):
     found = {check.name: check for check in examine(MeterOptions())}
     sys.modules.pop("pynvml")
     assert found["meter nvml"] == Check("meter nvml", "ok", "gpu0 is NVIDIA H100 (GPU-a)", "")
+
+
+def test_no_wall_meter_is_no_fault(bare):
+    found = {check.name: check for check in examine(MeterOptions())}
+    assert found["meter wall"].state == "ok"
+    assert "not in use; --meter wall reads" in found["meter wall"].reason
+
+
+@pytest.mark.parametrize(
+    ("command", "state", "reason"),
+    [("echo 42 W", "ok", 'wall0 is 42 W by "echo 42 W"'), ("echo hello", "missing", "expected a number with a unit")],
+)
+def test_a_wall_meter_that_is_named_is_tried(bare, command, state, reason):
+    checks = [c for c in examine(MeterOptions.parse(wall_command=command)) if c.name == "meter wall"]
+    assert [check.state for check in checks] == [state]
+    assert reason in checks[0].reason
+
+
+def test_zeus_is_looked_at_where_it_is_installed(bare, monkeypatch):
+    monkeypatch.delitem(sys.modules, "zeus")
+    monkeypatch.syspath_prepend(Path(__file__).parent / "fakes/zeus_package")
+    monkeypatch.delenv("TUNE_FAKE_ZEUS", raising=False)
+    found = {check.name: check for check in examine(MeterOptions())}
+    for name in [name for name in sys.modules if name.partition(".")[0] == "zeus"]:
+        del sys.modules[name]
+    assert found["meter zeus"].state == "missing"
+    assert "NVML and AMDSMI unavailable" in found["meter zeus"].reason
 
 
 # --- one by one ------------------------------------------------------------------------------

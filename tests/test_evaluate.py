@@ -1,19 +1,33 @@
+import json
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+from fakes.meters import Script
 
-from tuner.evaluate import Launcher, cause_of_death, end_group, has_exited, judged, last_lines, out_of_memory_kills
+from tuner.evaluate import (
+    Known,
+    Launcher,
+    cause_of_death,
+    end_group,
+    has_exited,
+    judged,
+    last_lines,
+    out_of_memory_kills,
+)
 from tuner.journal import JournalError, Plan
-from tuner.trial import Measurement, Proposal, Target, Work
-from tuner.worker import Result
+from tuner.meters.rapl import ROOT_VARIABLE
+from tuner.telemetry import Sampler
+from tuner.trial import Energy, Idle, Measurement, Meter, Proposal, Target, Work
+from tuner.worker import Found, Result, spending
 
 ENGINE = Path(__file__).parent / "fakes" / "engine.py"
-QUICK = Plan(windows=2, window_seconds=0.02, timeout_seconds=30)
+QUICK = Plan(windows=2, window_seconds=0.02, timeout_seconds=30, most_others=1.0)
 
 
 def launcher(folder: Path, **changes) -> Launcher:
@@ -88,7 +102,7 @@ def test_a_failed_trial_carries_the_last_lines_of_its_log_without_control_charac
 @pytest.mark.parametrize("mode", ["hang", "hang-loading"])
 def test_an_engine_that_hangs_is_ended_when_its_time_is_over(tmp_path, mode):
     started = time.monotonic()
-    trial = launcher(tmp_path, plan=Plan(windows=1, timeout_seconds=1.5))(0, proposal(mode))
+    trial = launcher(tmp_path, plan=replace(QUICK, windows=1, timeout_seconds=1.5))(0, proposal(mode))
     assert "took longer than 1.5 s" in trial.error
     assert "raise --timeout" in trial.error
     assert time.monotonic() - started < 6
@@ -150,7 +164,7 @@ launcher(Path({str(tmp_path)!r}), target=Target(model={str(note)!r}))(0, proposa
 
 
 def test_windows_that_were_measured_before_the_engine_failed_are_kept_and_do_not_count(tmp_path):
-    trial = launcher(tmp_path, plan=Plan(windows=50, window_seconds=0.0, timeout_seconds=30))(0, proposal("late"))
+    trial = launcher(tmp_path, plan=replace(QUICK, windows=50, window_seconds=0.0))(0, proposal("late"))
     assert "the engine tired" in trial.error
     assert len(trial.measurements) == 3
     assert all("the trial failed later" in m.invalid and not m.energy for m in trial.measurements)
@@ -206,6 +220,14 @@ def test_a_result_without_a_valid_window_is_a_failure_with_the_windows_causes():
     )
     judgement = judged(Result(measurements=(window, window)))
     assert judgement.error == "no valid window in 2: cpu0: unreadable"
+
+
+def test_a_cause_that_came_back_with_other_numbers_is_told_once_and_each_device_apart():
+    def window(*causes):
+        return Measurement(work=Work(units=1), seconds=1, energy={}, quality="measured", meter="nvml", invalid=causes)
+
+    windows = (window("1.52 of 2 CPUs", "gpu0: 3 W"), window("1.4 of 2 CPUs", "gpu1: 3 W"))
+    assert judged(Result(measurements=windows)).error == "no valid window in 2: 1.52 of 2 CPUs; gpu0: 3 W; gpu1: 3 W"
 
 
 @pytest.mark.parametrize(
@@ -278,3 +300,253 @@ def test_the_next_trial_waits_until_the_gpus_memory_is_back(tmp_path, monkeypatc
     monkeypatch.setattr(Launcher, "_run", lambda *_: Result(error="stands for an engine on a GPU"))
     run(0, proposal())
     assert waited == ["waiting for GPU memory"] * 2
+
+
+# --- around the windows ----------------------------------------------------------------------
+
+
+def test_an_engine_is_warmed_up_where_the_plan_says_so(tmp_path):
+    seen = []
+    plan = replace(QUICK, warm_up_seconds=(0.2, 2.0))
+    trial = launcher(tmp_path, plan=plan, report=lambda _, phase: seen.append(phase))(0, proposal())
+    assert 0.2 <= trial.warm_up.seconds < 5
+    assert len(trial.warm_up.units_per_second) >= 3
+    assert "warming up" in seen
+
+
+def test_without_a_warm_up_in_the_plan_there_is_none_on_record(tmp_path):
+    assert launcher(tmp_path)(0, proposal()).warm_up is None
+
+
+def test_the_energy_of_the_whole_trial_is_more_than_that_of_its_windows(tmp_path):
+    trial = launcher(tmp_path)(0, proposal())
+    assert set(trial.spent) == {"cpu"}
+    assert trial.spent["cpu"].joules > sum(m.joules for m in trial.valid) > 0
+    assert trial.spent["cpu"].low < trial.spent["cpu"].joules < trial.spent["cpu"].high
+
+
+@pytest.mark.parametrize(("mode", "known"), [("raise", True), ("late", True), ("segv", False), ("exit", False)])
+def test_what_a_failed_trial_cost_is_known_when_its_process_survived(tmp_path, mode, known):
+    trial = launcher(tmp_path, plan=replace(QUICK, windows=50))(0, proposal(mode))
+    assert trial.error
+    assert bool(trial.spent) == known
+
+
+def test_idle_power_is_measured_with_the_trials_it_is_asked_for(tmp_path):
+    seen = []
+    run = launcher(
+        tmp_path,
+        idle_seconds_for=lambda number: 0.2 if number == 3 else 0.0,
+        report=lambda _, phase: seen.append(phase),
+    )
+    trial, other = run(3, proposal()), run(4, proposal())
+    # At rest the estimate is its range's power at rest, plus what Python used; nothing is loaded here.
+    assert trial.idle.machine_watts > 0
+    assert trial.idle.loaded_watts > 0
+    assert (trial.idle.seconds, trial.idle.quality, other.idle) == (0.2, "estimated", None)
+    assert "measuring idle power" in seen
+
+
+def test_idle_power_that_does_not_count_is_no_reason_to_fail(tmp_path, monkeypatch):
+    monkeypatch.setenv(ROOT_VARIABLE, str(rapl_tree(tmp_path)))
+    run = launcher(tmp_path, meters=("rapl",), idle_seconds_for=lambda _: 0.1)
+    trial = run(0, proposal())
+    assert "the counter did not move" in trial.error
+    assert trial.idle is None
+    assert (
+        "idle power was not measured: cpu0: the counter did not move"
+        in (tmp_path / "trials/0000/engine.log").read_text()
+    )
+
+
+def rapl_tree(folder):
+    """One package whose counter stands still."""
+    zone = folder / "powercap" / "intel-rapl:0"
+    zone.mkdir(parents=True)
+    for name, text in {"name": "package-0", "energy_uj": "1000", "max_energy_range_uj": "262143328850"}.items():
+        (zone / name).write_text(f"{text}\n")
+    return zone.parent
+
+
+def test_the_idle_machines_power_is_told_to_later_trials(tmp_path, monkeypatch):
+    told = []
+    idle = Idle(machine_watts=42.0, loaded_watts=50.0, seconds=10.0, quality="measured")
+
+    def instead(self, number, *_):
+        told.append((number, self.known.idle_watts))
+        return Result(error="stands for an engine", idle=idle if number == 0 else None)
+
+    monkeypatch.setattr(Launcher, "_run", instead)
+    run = launcher(tmp_path)
+    run(0, proposal())
+    replace(run, log_name="confirm-1.log")(1, proposal())
+    assert told == [(0, None), (1, 42.0)]
+
+
+def test_a_trial_that_draws_less_than_half_of_the_idle_machine_does_not_count(tmp_path):
+    trial = launcher(tmp_path, known=Known(idle_watts=1e6))(0, proposal())
+    assert "is less than half of the 1000000.0 W of the idle machine" in trial.error
+
+
+def test_waiting_for_idle_power_is_not_held_against_the_engine(tmp_path):
+    plan = replace(QUICK, windows=1, timeout_seconds=2.0)
+    trial = launcher(tmp_path, plan=plan, idle_seconds_for=lambda _: 1.5)(0, proposal())
+    assert trial.error is None
+    assert trial.seconds > 3
+
+
+def test_an_engine_that_makes_too_few_tokens_measures_nothing(tmp_path):
+    trial = launcher(tmp_path)(0, proposal("short"))
+    assert trial.error == "no valid window in 4: a pass brought 5 tokens, 6 were asked for (prompts x output tokens)"
+
+
+# --- cooling down ----------------------------------------------------------------------------
+
+
+class Thermometer:
+    """What the devices show, reading by reading."""
+
+    def __init__(self, *readings):
+        self.readings = list(readings)
+
+    def celsius(self):
+        return self.readings.pop(0) if len(self.readings) > 1 else self.readings[0]
+
+
+@pytest.fixture
+def cooling(tmp_path, monkeypatch):
+    """Runs trials that do nothing, and says how often each had to wait."""
+
+    def run(trials, *readings, **plan):
+        thermometer, waits = Thermometer(*readings), []
+        monkeypatch.setattr(Sampler, "celsius", lambda _: thermometer.celsius())
+        monkeypatch.setattr(Launcher, "_run", lambda *_: Result(error="stands for an engine"))
+        monkeypatch.setattr("tuner.evaluate.COOL_PERIOD_SECONDS", 0.01)
+        launch = launcher(
+            tmp_path,
+            plan=replace(QUICK, **{"cool_down_seconds": 60.0, **plan}),
+            report=lambda n, phase: waits.append((n, phase)),
+        )
+        for number in range(trials):
+            launch(number, proposal())
+        return waits
+
+    return run
+
+
+def test_a_trial_waits_until_the_devices_are_as_cool_as_before_the_first_one(cooling):
+    hot, warm, cool = {"gpu0_celsius": 70.0}, {"gpu0_celsius": 43.0}, {"gpu0_celsius": 42.0}
+    assert cooling(2, {"gpu0_celsius": 40.0}, hot, warm, cool) == [(1, "cooling down")] * 2
+
+
+def test_each_device_must_be_cool(cooling):
+    first, second = {"gpu0_celsius": 40.0, "gpu1_celsius": 60.0}, {"gpu0_celsius": 55.0, "gpu1_celsius": 60.0}
+    assert cooling(2, first, second, first) == [(1, "cooling down")]
+
+
+def test_a_device_that_stays_warm_is_not_waited_for_for_ever(cooling):
+    waits = cooling(2, {"gpu0_celsius": 40.0}, {"gpu0_celsius": 70.0}, cool_down_seconds=0.05)
+    assert 1 <= len(waits) <= 5
+
+
+@pytest.mark.parametrize(
+    ("readings", "plan"),
+    [
+        ([{}, {"gpu0_celsius": 90.0}], {}),
+        ([{"gpu0_celsius": 40.0}, {}], {}),
+        ([{"gpu0_celsius": 40.0}, {"gpu0_celsius": 90.0}], {"cool_down_seconds": 0.0}),
+    ],
+    ids=["unknown at first", "unknown later", "not asked for"],
+)
+def test_without_a_temperature_or_the_wish_there_is_no_wait(cooling, readings, plan):
+    assert cooling(3, *readings, **plan) == []
+
+
+# --- with a GPU's counter --------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(tmp_path, monkeypatch):
+    """A GPU that the driver's stand-in shows to this process and to the worker."""
+    fakes = Path(__file__).parent / "fakes"
+    monkeypatch.syspath_prepend(fakes)
+    monkeypatch.setenv("PYTHONPATH", str(fakes))
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("TUNE_FAKE_NVML", str(tmp_path / "nvml.json"))
+    facts = {"uuid": "GPU-a", "watts": 200, "celsius": 60, "sm_mhz": 1980, "limit": 700, "reasons": 4}
+
+    def change(**more):
+        facts.update(more)
+        (tmp_path / "nvml.json").write_text(json.dumps({"gpus": [facts]}))
+
+    change()
+    yield change
+    sys.modules.pop("pynvml", None)
+
+
+def test_a_gpus_trial_has_edges_on_ticks_telemetry_and_idle_power(tmp_path, gpu):
+    plan = replace(QUICK, windows=1, window_seconds=1.3)
+    trial = launcher(tmp_path, meters=("nvml",), plan=plan, idle_seconds_for=lambda _: 0.3)(0, proposal())
+    assert trial.error is None
+    (window,) = trial.valid
+    assert window.aligned
+    assert window.telemetry.spans["gpu0_sm_mhz"].mean == 1980
+    assert window.telemetry.throttled == ("gpu0: software power cap",)
+    start, end = window.readings["gpu0"]
+    assert window.energy["gpu0"].joules == pytest.approx((end - start) / 1e6)
+    assert trial.idle.machine_watts == pytest.approx(200, rel=0.02)
+    assert trial.idle.loaded_watts == pytest.approx(200, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("facts", "most_others", "cause"),
+    [
+        ({"reasons": 64}, 1.0, "gpu0: the hardware ran slower than asked (hardware thermal slowdown)"),
+        ({"processes": [4194305]}, 0.99, "gpu0: process 4194305 is on it too"),
+        ({"limit": 100}, 1.0, "gpu0: 200 W is far above its power limit of 100 W"),
+    ],
+    ids=["throttled", "not alone", "implausible"],
+)
+def test_what_a_gpu_says_makes_windows_invalid(tmp_path, gpu, facts, most_others, cause):
+    gpu(**facts)
+    plan = replace(QUICK, windows=1, window_seconds=1.3, retries=0, most_others=most_others)
+    trial = launcher(tmp_path, meters=("nvml",), plan=plan)(0, proposal())
+    assert trial.error.startswith(f"no valid window in 1: {cause}")
+    assert trial.spent["gpu0"].joules > 200
+
+
+def test_a_trial_whose_meter_cannot_be_opened_cost_nobody_knows_what(tmp_path, gpu):
+    gpu(errors={"nvmlDeviceGetTotalEnergyConsumption": 15})
+    trial = launcher(tmp_path, meters=("nvml",))(0, proposal())
+    assert "fell off the bus" in trial.error
+    assert trial.spent == {}
+
+
+# --- what a trial cost -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("readings", "microjoules"),
+    [
+        ((5, 9, 30), 25),
+        (("cpu0: unreadable", 9, 30), None),
+        ((5, "cpu0: came too late", 30), None),
+        ((5, 9, "cpu0: gone"), None),
+    ],
+    ids=["good", "first", "in the middle", "last"],
+)
+def test_the_whole_energy_is_known_when_every_reading_was_good(readings, microjoules):
+    found = Found()
+    with spending(Script(*readings), found) as meter:
+        meter.forget_fault()
+    assert found.spent == ({} if microjoules is None else {"cpu0": Energy(*[microjoules / 1e6] * 3)})
+
+
+def test_the_meter_that_is_watched_is_still_that_meter():
+    script = Script(5, 9, 30)
+    script.wraps = {"cpu0": 2}
+    with spending(script, Found()) as meter:
+        assert isinstance(meter, Meter)
+        assert (meter.name, meter.domains(), meter.wraps) == ("script", ("cpu0",), {"cpu0": 2})
+        meter.close()

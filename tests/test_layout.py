@@ -12,14 +12,14 @@ SOURCES = sorted((ROOT / "tuner").rglob("*.py"))
 RUNNERS = sorted((ROOT / "runners").glob("*.py"))
 
 LAYERS = [
-    {"space"},
+    {"space", "intervals"},
     {"trial"},
     {"journal", "machine", "summary"},
-    {"files", "checks", "measure", "meters", "chats", "proposers", "export"},
+    {"files", "checks", "control", "repeats", "measure", "telemetry", "meters", "chats", "proposers", "export"},
     {"worker", "doctor"},
     {"evaluate"},
     {"study", "display"},
-    {"confirm", "assemble"},
+    {"confirm", "assemble", "calibrate", "cost"},
     {"session"},
     {"cli"},
 ]
@@ -33,6 +33,7 @@ HOMES = {
     "optuna": {"proposers/optuna_samplers.py"},
     "scipy": {"proposers/sobol.py"},
     "pynvml": {"meters/nvml.py", "machine.py"},
+    "zeus": {"meters/zeus.py"},
     "openai": {"chats/openai_chat.py"},
     "anthropic": {"chats/anthropic_chat.py"},
     "pyRAPL": set(),

@@ -62,7 +62,7 @@ BAD = [
     pytest.param(answer({"flash": "$(rm -rf ~)"}), "expected one of off, on, auto", id="a shell command"),
     pytest.param(answer({"flash": "../../etc/passwd"}), "expected one of off, on, auto", id="a path"),
     pytest.param(answer({"parallel": 1, "threads": 4}), "broken constraint: threads <= parallel", id="constraint"),
-    pytest.param(answer({"parallel": 8}), "already trial 1 (700 mJ/token ± 1.4 %)", id="measured before"),
+    pytest.param(answer({"parallel": 8}), "already trial 1 (700 mJ/token ± 4.0 %)", id="measured before"),
     pytest.param("[" * 1_000_000, "JSON", id="a megabyte of brackets"),
 ]
 
@@ -246,7 +246,7 @@ def test_at_most_twelve_results_and_five_failures_are_shown():
     for n in range(21, 29):
         history = history.add(trial(n, {"parallel": 1 + n, "threads": 1}, error=f"cause {n}"))
     text = prompt_of(ENHANCED, history)
-    assert text.count(" x default") == 12
+    assert text.count("95 % CI") - text.count("x the energy") == 12
     assert "9 worse results left out" in text
     assert [n for n in range(21, 29) if f"cause {n}" in text] == [24, 25, 26, 27, 28]
 
@@ -265,7 +265,7 @@ def test_the_distance_to_the_threshold_and_the_proposals_left_are_said():
 
 def test_what_moves_energy_and_where_it_goes_are_computed_and_said():
     text = prompt_of(ENHANCED, PAST)
-    assert "parallel 4 -> 8: 0.70x the energy (1 trial)" in text
+    assert "parallel 4 -> 8: 0.70x the energy (95 % CI 0.66x to 0.74x, 1 trial)" in text
     assert "prefill: 25 % of the requests' time" in text
 
 

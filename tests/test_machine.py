@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -115,6 +116,43 @@ def test_one_governor_is_named_once_and_several_all(root):
     assert machine.governor(root.folder) == "performance, powersave"
 
 
+def test_sockets_are_counted_by_package(root):
+    for number, package in enumerate([0, 0, 1, 1]):
+        root.cpu(number, package=package, core=number)
+    assert describe(root.folder)["sockets"] == "2"
+
+
+@pytest.mark.parametrize(("active", "smt"), [("1", "on"), ("0", "off"), ("", None)])
+def test_hyperthreading_is_on_off_or_unknown(root, active, smt):
+    root.write("sys/devices/system/cpu/smt/active", active)
+    assert describe(root.folder).get("smt") == smt
+
+
+def test_microcode_is_named_once_for_each_kind(root):
+    cpus = ["0xb", "0xa", "0xb"]
+    root.write("proc/cpuinfo", "\n".join(f"processor : {n}\nmicrocode\t: {code}" for n, code in enumerate(cpus)))
+    assert describe(root.folder)["microcode"] == "0xa, 0xb"
+
+
+@pytest.mark.parametrize(
+    ("supplies", "found"),
+    [
+        ({}, None),
+        ({"AC": {"type": "Mains", "online": "1"}, "BAT0": {"type": "Battery", "status": "Charging"}}, "AC"),
+        ({"AC": {"type": "Mains", "online": "0"}, "BAT0": {"type": "Battery", "status": "Discharging"}}, "battery"),
+        ({"BAT0": {"type": "Battery", "status": "Not charging"}}, "AC"),
+        ({"hid-mouse": {"type": "Battery", "scope": "Device", "status": "Discharging"}}, None),
+        ({"ucsi": {"type": "USB", "online": "1"}, "BAT0": {"type": "Battery", "status": "Full"}}, "AC"),
+    ],
+    ids=["desktop", "plugged in", "on battery", "no adapter seen", "mouse", "USB-C"],
+)
+def test_it_is_known_whether_a_laptop_is_plugged_in(root, supplies, found):
+    for name, facts in supplies.items():
+        for key, text in facts.items():
+            root.write(f"sys/class/power_supply/{name}/{key}", text)
+    assert describe(root.folder).get("power_supply") == found
+
+
 # --- where it runs ---------------------------------------------------------------------------
 
 GUEST = {"proc/cpuinfo": "flags\t\t: fpu vme hypervisor lahf_lm"}
@@ -188,6 +226,102 @@ def test_no_gpu_is_made_up(fake_nvml, state):
     assert not {"gpus", "gpu_driver", "cuda_visible_devices"} & set(describe())
 
 
+def test_what_a_gpu_is_set_to_is_part_of_the_record(fake_nvml):
+    settings = {"limit": 300, "default_limit": 350, "vbios": "96.00", "ecc": 1, "mig": 0, "persistence": 1}
+    fake_nvml({"cuda": 13010, "gpus": [{"uuid": "GPU-a", **settings}]})
+    facts = describe()
+    assert {key: facts[key] for key in facts if key.startswith("gpu_")} == {
+        "gpu_driver": "580.65.06",
+        "gpu_power_limit_w": "300 (default 350)",
+        "gpu_vbios": "96.00",
+        "gpu_ecc": "on",
+        "gpu_mig": "off",
+        "gpu_persistence": "on",
+    }
+    assert facts["cuda"] == "13.1"
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ([{"limit": 350, "default_limit": 350}] * 2, "350"),
+        ([{"limit": 350}] * 2, "350"),
+        ([{"limit": 300, "default_limit": 350}, {"limit": 350, "default_limit": 350}], None),
+        ([{}, {"limit": 350}], "GPU-b 350"),
+        ([{"default_limit": 350}] * 2, ""),
+    ],
+    ids=["alike", "no default", "different", "one silent", "none enforced"],
+)
+def test_boards_that_are_set_alike_are_said_once(fake_nvml, limits, said):
+    fake_nvml({"gpus": [{"uuid": f"GPU-{'ab'[i]}", **facts} for i, facts in enumerate(limits)]})
+    expected = "GPU-a 300 (default 350); GPU-b 350" if said is None else said
+    assert describe().get("gpu_power_limit_w", "") == expected
+
+
+def test_a_limit_that_was_changed_parts_results(fake_nvml):
+    fake_nvml({"gpus": [{"uuid": "GPU-a", "limit": 350}]})
+    before = describe()
+    fake_nvml({"gpus": [{"uuid": "GPU-a", "limit": 300}]})
+    assert differences(before, describe()) == ["gpu_power_limit_w: recorded '350', here '300'"]
+
+
+def test_a_setting_that_the_driver_does_not_tell_is_left_out(fake_nvml):
+    fake_nvml({"gpus": [{"uuid": "GPU-a", "errors": {"nvmlDeviceGetVbiosVersion": 999}}]})
+    facts = describe()
+    assert facts["gpus"] == "NVIDIA Fake 100 (GPU-a)"
+    assert not {"gpu_power_limit_w", "gpu_vbios", "gpu_ecc", "gpu_mig", "gpu_persistence"} & set(facts)
+
+
+# --- this program ----------------------------------------------------------------------------
+
+
+GIT = shutil.which("git")
+
+
+def git(folder, *words):
+    if GIT is None:
+        pytest.skip("git is not installed")
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    done = subprocess.run([GIT, *identity, *words], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    git(tmp_path, "init", "-q", "-b", "main")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "first")
+    return tmp_path
+
+
+def test_the_commit_is_the_one_that_git_names(checkout):
+    assert machine.commit(checkout) == git(checkout, "rev-parse", "HEAD")
+
+
+def test_a_packed_branch_is_found(checkout):
+    git(checkout, "pack-refs", "--all")
+    assert machine.commit(checkout) == git(checkout, "rev-parse", "HEAD")
+
+
+def test_a_detached_head_is_its_own_commit(checkout):
+    git(checkout, "checkout", "-q", "--detach")
+    assert machine.commit(checkout) == git(checkout, "rev-parse", "HEAD")
+
+
+def test_a_worktree_has_the_commit_of_its_own_branch(checkout):
+    git(checkout, "worktree", "add", "-q", "-b", "side", "tree")
+    git(checkout / "tree", "commit", "-q", "--allow-empty", "-m", "second")
+    assert machine.commit(checkout / "tree") == git(checkout / "tree", "rev-parse", "HEAD")
+    assert machine.commit(checkout / "tree") != machine.commit(checkout)
+
+
+@pytest.mark.parametrize("head", [None, "", "ref: refs/heads/main", "garbage"])
+def test_what_is_no_commit_is_left_out(tmp_path, head):
+    if head is not None:
+        (tmp_path / ".git").mkdir()
+        (tmp_path / ".git" / "HEAD").write_text(f"{head}\n")
+    assert machine.commit(tmp_path) == ""
+
+
 # --- comparing -------------------------------------------------------------------------------
 
 
@@ -200,7 +334,7 @@ def test_a_fact_that_only_one_side_knows_is_a_difference():
     assert differences({"gpus": "G"}, {}) == ["gpus: recorded 'G', here nothing"]
 
 
-@pytest.mark.parametrize("key", ["kernel", "memory_gib", "python", "tune", "container"])
+@pytest.mark.parametrize("key", ["kernel", "memory_gib", "python", "tune", "container", "gpu_vbios"])
 def test_what_changes_with_every_update_does_not_part_results(key):
     assert differences({key: "1"}, {key: "2"}) == []
 

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuner import meters
-from tuner.meters import Availability, MeterOptions, blind_to, choose, open_meter, probe
+from tuner.meters import Availability, MeterOptions, blind_to, choose, counts, open_meter, probe
+from tuner.meters.wall import WallSource
 from tuner.space import Refused
 from tuner.trial import MeterError, Reading
 
@@ -141,10 +143,12 @@ def test_an_estimate_that_cannot_be_made_is_refused_too(here):
 
 
 @pytest.mark.parametrize(
-    "spec", ["", "nvm", "nvml+", "nvml+estimate", "auto+nvml", "nvml+nvml", "NVML", "wall", "\x1b[2J"]
+    "spec", ["", "nvm", "nvml+", "nvml+estimate", "auto+nvml", "nvml+nvml", "NVML", "nvml+zeus", "\x1b[2J"]
 )
 def test_an_unknown_meter_is_refused_with_the_choices(spec):
-    with pytest.raises(Refused, match=r"expected auto, nvml, rapl, nvml\+rapl, estimate") as caught:
+    with pytest.raises(
+        Refused, match=r"expected auto, nvml, rapl, nvml\+rapl, zeus, rapl\+zeus, wall, estimate"
+    ) as caught:
         chosen(spec)
     assert "\x1b" not in str(caught.value)
 
@@ -154,14 +158,145 @@ def test_a_misspelt_meter_is_recognised():
         chosen("nvlm")
 
 
-def test_only_both_sides_together_see_what_offloading_does():
-    assert blind_to(["nvml"]) == blind_to(["rapl"]) == {"offload"}
-    assert blind_to(["nvml", "rapl"]) == set()
+@pytest.mark.parametrize(
+    ("names", "domains", "blind"),
+    [
+        (["nvml"], ["gpu0", "gpu1"], {"offload"}),
+        (["rapl"], ["cpu0", "dram0"], {"offload"}),
+        (["nvml", "rapl"], ["gpu0", "cpu0"], set()),
+        (["zeus"], ["gpu0"], {"offload"}),
+        (["zeus"], ["soc0"], set()),
+        (["zeus"], ["cpu0", "gpu0", "dram0", "ane0"], set()),
+        (["rapl", "zeus"], ["cpu0", "gpu0"], set()),
+        (["wall"], ["wall0"], set()),
+        (["estimate"], ["cpu"], {"offload", "clock", "power"}),
+        (["nvml", "estimate"], ["gpu0", "cpu"], {"offload", "clock", "power"}),
+    ],
+)
+def test_only_who_counts_both_sides_sees_what_offloading_does(names, domains, blind):
+    assert blind_to(names, domains) == blind
+    assert counts(domains, "cpu") == any(d.startswith(("cpu", "soc", "wall")) for d in domains)
+    assert counts(domains, "gpu") == any(d.startswith(("gpu", "soc", "wall")) for d in domains)
 
 
 def test_probing_an_unknown_meter_is_refused():
-    with pytest.raises(Refused, match="expected nvml, rapl, estimate"):
-        probe("wall", MeterOptions())
+    with pytest.raises(Refused, match="expected nvml, rapl, zeus, wall, estimate"):
+        probe("mains", MeterOptions())
+
+
+# --- the wall, and what zeus reads -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shown", "quality", "sentence"),
+    [
+        ("123.4 W", "sampled", "meter: wall (wall0), sampled every 1 s."),
+        ("12.5 Wh", "measured", "meter: wall (wall0), measured in steps of 360 J."),
+    ],
+)
+def test_the_wall_sees_everything_and_says_how(shown, quality, sentence):
+    options = MeterOptions.parse(wall_command=f"echo {shown}")
+    choice = choose("wall", options, require_measured=True)
+    assert (choice.names, choice.quality, choice.blind_to, choice.domains) == (("wall",), quality, set(), ("wall0",))
+    assert choice.sentence == sentence
+
+
+@pytest.mark.parametrize(
+    ("quality", "domains", "how", "sentence"),
+    [
+        ("measured", ("gpu0",), "", "meter: zeus (gpu0), measured; CPU energy is not counted."),
+        ("sampled", ("soc0",), "every 0.1 s", "meter: zeus (soc0), sampled every 0.1 s."),
+        (
+            "sampled",
+            ("cpu0", "gpu0"),
+            "by Apple's own model",
+            "meter: zeus (cpu0, gpu0), sampled by Apple's own model.",
+        ),
+    ],
+)
+def test_what_zeus_reads_is_said_with_its_quality(here, quality, domains, how, sentence):
+    here(NVML, RAPL, Availability("zeus", True, domains, quality, "found", "", how))
+    assert chosen("zeus").sentence == sentence
+
+
+def test_an_amd_gpu_goes_with_the_cpu_beside_it(here):
+    here(RAPL, Availability("zeus", True, ("gpu0",), "measured", "found", ""))
+    choice = chosen("zeus+rapl")
+    assert (choice.names, choice.blind_to) == (("rapl", "zeus"), set())
+    assert choice.sentence == "meter: rapl+zeus (cpu0, dram0, gpu0), measured."
+
+
+def test_auto_takes_neither_the_wall_nor_zeus(here):
+    here(NO_NVML, NO_RAPL, Availability("zeus", True, ("gpu0",), "measured", "found", ""))
+    assert chosen("auto").names == ("estimate",)
+
+
+@pytest.mark.parametrize("spec", ["nvml+wall", "wall+rapl", "auto+wall", "wall+wall"])
+def test_the_wall_is_never_added_to_what_it_contains(spec):
+    with pytest.raises(Refused, match="the wall holds what the others count; name it alone: --meter wall"):
+        choose(spec, MeterOptions.parse(wall_command="echo 5 W"), require_measured=False)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("wall_command", "echo 5 W"), ("wall_url", "http://127.0.0.1:9/")], ids=["command", "url"]
+)
+@pytest.mark.parametrize("spec", ["auto", "nvml", "estimate"])
+def test_wall_options_beside_another_meter_are_refused(option, value, spec):
+    with pytest.raises(Refused) as caught:
+        choose(spec, MeterOptions.parse(**{option: value}), require_measured=False)
+    assert str(caught.value) == f"--{option.replace('_', '-')}: it goes with --meter wall, not with --meter {spec}"
+
+
+def test_the_wall_without_a_source_names_both_ways():
+    with pytest.raises(Refused, match=r"--meter wall: neither --wall-command CMD nor --wall-url URL .*; tune run"):
+        chosen("wall")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"wall_unit": "W"}, "--wall-unit: it goes with --wall-command CMD or --wall-url URL"),
+        ({"wall_field": "a.b"}, "--wall-field: it goes with"),
+        ({"wall_interval": 1.0}, "--wall-interval: it goes with"),
+        ({"wall_command": "a", "wall_url": "http://plug"}, "expected one of"),
+        ({"wall_command": "a", "wall_interval": 1000.0}, r"--wall-interval 1000: expected 0\.1 to 60"),
+    ],
+)
+def test_wall_options_that_do_not_go_together_are_refused(options, sentence):
+    with pytest.raises(Refused, match=sentence):
+        MeterOptions.parse(**options)
+
+
+def test_wall_options_are_taken_from_the_command_line():
+    options = MeterOptions.parse(
+        "15..65", wall_url="http://plug/rpc", wall_unit="wh", wall_field="aenergy.total", wall_interval=2.0
+    )
+    assert options.cpu_watts == (15, 65)
+    assert options.wall == WallSource(url="http://plug/rpc", unit="Wh", field="aenergy.total", interval_seconds=2.0)
+    assert MeterOptions.parse(wall_command="a").wall.interval_seconds == 1.0
+
+
+def test_the_wall_is_opened_as_it_was_chosen():
+    options = MeterOptions.from_record(MeterOptions.parse(wall_command="echo 5 W").record())
+    with contextlib.closing(open_meter(("wall",), options)) as meter:
+        assert (meter.name, meter.domains(), meter.quality) == ("wall", ("wall0",), "sampled")
+
+
+def test_a_wall_meter_that_fell_silent_since_it_was_chosen_is_an_error():
+    with pytest.raises(MeterError, match=r"wall: .*exit status 1"):
+        open_meter(("wall",), MeterOptions.parse(wall_command="false"))
+
+
+def test_zeus_is_opened_as_it_was_chosen(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "fakes/zeus_package")
+    monkeypatch.setenv("TUNE_FAKE_ZEUS", str(tmp_path / "zeus.json"))
+    (tmp_path / "zeus.json").write_text('{"soc": "Jetson", "millijoules": {"total_energy_mj": 1.5}}')
+    choice = chosen("zeus")
+    assert choice.sentence == "meter: zeus (soc0), sampled every 0.1 s."
+    with contextlib.closing(open_meter(choice.names, MeterOptions())) as meter:
+        assert (meter.domains(), meter.quality, meter.blind_to) == (choice.domains, choice.quality, choice.blind_to)
+    for module in [name for name in sys.modules if name.partition(".")[0] == "zeus"]:
+        del sys.modules[module]
 
 
 # --- opening ---------------------------------------------------------------------------------
@@ -294,4 +429,5 @@ def test_importing_the_package_imports_no_meter_and_no_library():
     code = "import sys, tuner.meters; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "tuner.meters" in modules
-    assert not {"psutil", "pynvml", "pyRAPL", "tuner.meters.rapl", "tuner.machine"} & set(modules)
+    libraries = {"psutil", "pynvml", "pyRAPL", "zeus", "http.client"}
+    assert not (libraries | {"tuner.meters.rapl", "tuner.meters.wall", "tuner.machine"}) & set(modules)

@@ -10,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuner.meters import Unavailable
-from tuner.meters.nvml import FAULTS, Gpu, NvmlMeter, boards, probe, used_memory_bytes, visible
+from tuner.meters.nvml import (
+    FAULTS,
+    GAUGES,
+    REASONS,
+    Gauges,
+    Gpu,
+    NvmlMeter,
+    boards,
+    probe,
+    used_memory_bytes,
+    visible,
+)
 from tuner.trial import MeterError
 
 FAKES = Path(__file__).parent / "fakes"
@@ -338,3 +349,107 @@ def test_memory_in_use_is_that_of_all_measured_boards(nvml):
 def test_memory_that_the_driver_does_not_tell_is_unknown_and_not_0(two, nvml, fault):
     nvml.fail(0, "nvmlDeviceGetMemoryInfo", fault)
     assert used_memory_bytes() is None
+
+
+# --- beside the energy -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def gauges(two):
+    made = Gauges()
+    yield made
+    made.close()
+
+
+def test_power_is_in_watts_for_every_board(nvml):
+    nvml.add("GPU-aaaa", watts=71.5).add("GPU-bbbb", watts=300)
+    meter = NvmlMeter()
+    assert meter.watts() == {"gpu0": 71.5, "gpu1": 300.0}
+    meter.close()
+
+
+@pytest.mark.parametrize(("code", "sentence"), [(15, "fell off the bus"), (3, "GPU power: "), (999, "unknown error")])
+def test_power_that_cannot_be_read_is_no_zero(two, code, sentence):
+    meter = NvmlMeter()
+    two.fail(1, "nvmlDeviceGetPowerUsage", code)
+    with pytest.raises(MeterError, match=sentence):
+        meter.watts()
+    meter.close()
+
+
+def test_gauges_are_named_after_their_board_and_unit(two, gauges):
+    two.state["gpus"][1] |= {"celsius": 61, "sm_mhz": 1980, "memory_mhz": 2619, "watts": 50.5, "utilization": 12}
+    two.write()
+    assert {name: value for name, value in gauges.read().items() if name.startswith("gpu1")} == {
+        "gpu1_celsius": 61.0,
+        "gpu1_sm_mhz": 1980.0,
+        "gpu1_memory_mhz": 2619.0,
+        "gpu1_watts": 50.5,
+        "gpu1_busy": 0.12,
+    }
+
+
+def test_only_the_gauges_that_are_wanted_are_read(two, gauges):
+    two.state["gpus"][0]["celsius"] = 40
+    two.write()
+    assert gauges.read(("celsius",)) == {"gpu0_celsius": 40.0}
+
+
+def test_one_clock_that_a_board_lacks_does_not_hide_the_other(two, gauges):
+    assert not {"gpu0_sm_mhz", "gpu0_memory_mhz"} & set(gauges.read())
+    two.add("GPU-cccc", sm_mhz=1000)
+    more = Gauges()
+    assert more.read(("sm_mhz", "memory_mhz")) == {"gpu2_sm_mhz": 1000.0}
+    more.close()
+
+
+def test_a_board_says_with_whom_it_is_shared(two, gauges):
+    two.state["gpus"][0]["processes"] = [7, 8]
+    two.state["gpus"][1]["graphics"] = [8]
+    two.write()
+    assert gauges.processes() == {("gpu0", 7), ("gpu0", 8), ("gpu1", 8)}
+
+
+def test_a_limit_that_one_board_does_not_tell_is_absent(two, gauges):
+    two.state["gpus"][1]["limit"] = 350
+    two.write()
+    assert gauges.limit_watts() == {"gpu1": 350.0}
+
+
+@given(bits=st.integers(0, 0x1FF))
+def test_every_bit_of_the_reasons_is_one_reason(bits):
+    assert len([reason for bit, reason in REASONS.items() if bits & bit]) == bits.bit_count()
+
+
+def test_the_bits_of_the_reasons_are_those_of_the_real_library():
+    real = json.loads(
+        real_library(
+            """
+            import json, pynvml
+            prefix = "nvmlClocksEventReason"
+            print(json.dumps({n.removeprefix(prefix): v for n, v in vars(pynvml).items() if n.startswith(prefix)}))
+            """
+        )
+    )
+    names = {
+        0x001: "GpuIdle",
+        0x002: "ApplicationsClocksSetting",
+        0x004: "SwPowerCap",
+        0x008: "HwSlowdown",
+        0x010: "SyncBoost",
+        0x020: "SwThermalSlowdown",
+        0x040: "HwThermalSlowdown",
+        0x080: "HwPowerBrakeSlowdown",
+        0x100: "DisplayClockSetting",
+    }
+    assert {bit: real[name] for bit, name in names.items()} == {bit: bit for bit in REASONS}
+
+
+def test_every_function_of_a_gauge_exists_in_the_real_library():
+    asked = [function for function, _, _ in GAUGES.values()] + [
+        name for _, names, _ in GAUGES.values() for name in names
+    ]
+    asked += ["nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"]
+    asked += ["nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"]
+    asked += ["nvmlDeviceGetEnforcedPowerLimit", "nvmlDeviceGetPowerUsage"]
+    assert real_library(f"import pynvml; print(all(hasattr(pynvml, name) for name in {asked!r}))") == "True\n"

@@ -423,19 +423,19 @@ def test_rules_do_not_go_further_where_a_trial_failed():
 @pytest.mark.parametrize(("joules", "words"), [(None, "4 -> 8 failed"), (5.0, "4 -> 8 used 400 % more")])
 def test_a_dear_trial_is_not_called_a_failed_one(joules, words):
     space = SearchSpace((slots(),))
-    known = effects(space, seen_trials(space, ran(space, ({}, 1.0), ({"parallel": 8}, joules))))
+    known = effects(space, seen_trials(space, ran(space, ({}, 1.0), ({"parallel": 8}, joules))), 0.05)
     assert [str(e) for e in known["parallel"]] == [words]
 
 
 def test_a_loss_of_several_changes_blames_none_of_them():
     space = SearchSpace((flag("a", False), flag("b", False)))
-    known = effects(space, seen_trials(space, ran(space, ({}, 1.0), ({"a": True, "b": True}, 2.0))))
+    known = effects(space, seen_trials(space, ran(space, ({}, 1.0), ({"a": True, "b": True}, 2.0))), 0.05)
     assert known == {"a": [], "b": []}
 
 
 def test_a_saving_of_several_changes_is_shared_among_them():
     space = SearchSpace((flag("a", False), flag("b", False)))
-    known = effects(space, seen_trials(space, ran(space, ({}, 1.0), ({"a": True, "b": True}, 0.25))))
+    known = effects(space, seen_trials(space, ran(space, ({}, 1.0), ({"a": True, "b": True}, 0.25))), 0.05)
     assert [e.saving for e in known["a"] + known["b"]] == pytest.approx([math.log(2), math.log(2)])
 
 

@@ -5,12 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import SPACE, trial
 
-from tuner.journal import End, Header, Journal, Pending, read
+from tuner.journal import End, Header, Journal, Pending, Plan, read
 from tuner.proposers import open_classical
 from tuner.proposers.first import DefaultFirst
+from tuner.repeats import due
 from tuner.space import Refused
 from tuner.study import (
     STARTS_BEFORE_GIVING_UP,
+    Again,
     Threshold,
     at_most,
     first_reason,
@@ -20,7 +22,7 @@ from tuner.study import (
     three_failures,
     within,
 )
-from tuner.trial import Decision, History, Proposal, Target
+from tuner.trial import Decision, History, Proposal, Repeat, Target
 
 
 class Walk:
@@ -247,3 +249,84 @@ def test_trials_of_an_earlier_segment_reach_no_threshold_and_fill_no_budget():
     history = History().add(trial(0)).add(trial(1, {"parallel": 8}, (0.1,))).add(trial(2, segment=1))
     assert Threshold.parse("0.8x")(history) is None
     assert at_most(2)(history) is None
+
+
+# --- launching again ---
+
+
+PLAN = Plan(launches=3, sentinel_every=2)
+
+
+def careful(journal, goals, relaunch=None, told=None):
+    """A study that repeats what matters; each relaunch gives the energy of the first launch, or what is asked for."""
+
+    def launch(owed):
+        return (relaunch or evaluate)(owed.trial.number, Proposal(config=owed.trial.config, source="again"))
+
+    again = Again(
+        owed=lambda history: due(history, PLAN),
+        launch=launch,
+        ended=lambda repeat, history: (told if told is not None else []).append(repeat),
+    )
+    return run_study(journal, SPACE, DefaultFirst(Walk()), evaluate, goals, lambda trial, history: None, again)
+
+
+def test_a_threshold_that_one_lucky_launch_reached_is_not_reached(journal):
+    # Trial 1 seems to use 0.8 J; launched again, it uses twice that.
+    end = careful(
+        journal,
+        {"goal": [Threshold.parse("0.85J")], "budget": [at_most(2)]},
+        relaunch=lambda number, proposal: trial(number, {"parallel": 5}, (1.6,) * 3),
+    )
+    assert end.kind == "budget"
+
+
+def test_a_repeat_is_on_disk_before_anybody_is_told_of_it(journal):
+    class Told(list):
+        def append(self, repeat):
+            assert read(journal.folder).history.repeats[-1] == repeat
+            super().append(repeat)
+
+    told = Told()
+    careful(journal, {"budget": [at_most(4)]}, told=told)
+    assert told == list(journal.study.history.repeats)
+    assert told
+
+
+def test_nothing_is_launched_again_once_the_person_stopped(journal):
+    careful(journal, {"budget": [at_most(2)]})
+    before = len(journal.study.history.repeats)
+    journal.append(Decision(action="stop", before_trial=2))
+    careful(journal, {"person": [stopped_by_person], "budget": [at_most(9)]})
+    assert len(journal.study.history.repeats) == before
+
+
+def test_a_study_cut_short_in_any_repeat_owes_the_same_after_the_resume(tmp_path_factory):
+    def to_the_end(cut):
+        folder = tmp_path_factory.mktemp("study")
+        Journal.create(folder, Header(name="s", workload="w", target=Target(), proposer="walk")).close()
+        made = []
+
+        def dies(number, proposal):
+            made.append(number)
+            if len(made) == cut:
+                raise KeyboardInterrupt
+            return evaluate(number, proposal)
+
+        while True:
+            with Journal.resume(folder) as journal:
+                try:
+                    careful(journal, {"budget": [at_most(5)]}, relaunch=dies)
+                except KeyboardInterrupt:
+                    continue
+                return [(r.trial.number, r.purpose, r.after) for r in journal.study.history.repeats]
+
+    whole = to_the_end(None)
+    assert len(whole) >= 4
+    assert all(to_the_end(cut) == whole for cut in range(1, len(whole) + 1))
+
+
+def test_time_counts_repeats_too():
+    history = History().add(trial(0)).add(Repeat(trial=trial(0), purpose="sentinel", after=1))
+    assert within(20.0)(history)
+    assert within(20.1)(history) is None

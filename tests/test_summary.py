@@ -8,46 +8,64 @@ from hypothesis import strategies as st
 from records import SPACE, trial, window
 
 from tuner import summary
-from tuner.summary import NOISE_FLOOR, against, clean, effects, student_t, window_interval
-from tuner.trial import Decision, Energy, Exchange, History, Proposal, Reply
+from tuner.summary import ASSUMED, against, clean, effects, half_width, interval, noise
+from tuner.trial import Decision, Energy, Exchange, History, Noise, Proposal, Reply
 
 
 def history(*trials):
     return History(trials=trials)
 
 
-# --- Student's t ---
-
-
-def test_student_t_agrees_with_scipy():
-    from scipy import stats
-
-    for degrees in (*range(1, 40), 99, 100, 1000):
-        for probability in (0.5, 0.9, 0.95, 0.975, 0.995):
-            assert student_t(probability, degrees) == pytest.approx(stats.t.ppf(probability, degrees), abs=1e-9)
-
-
-@pytest.mark.parametrize(("probability", "degrees"), [(0.4, 3), (1.0, 3), (0.975, 0)])
-def test_student_t_refuses_what_has_no_quantile(probability, degrees):
-    with pytest.raises(ValueError, match="expected probability"):
-        student_t(probability, degrees)
-
-
 # --- one trial against another ---
 
 
-def test_the_interval_of_the_mean_is_students_on_logarithms():
-    # By hand: ln(0.9, 1, 1.1) has sd 0.100377, half width 4.30265 * 0.100377 / sqrt(3) = 0.249351.
-    low, high = window_interval(trial(0, joules=(0.9, 1.0, 1.1)))
-    assert (math.log(low), math.log(high)) == pytest.approx((-0.249351, 0.249351), abs=1e-6)
+def launched(number, *energies, **changes):
+    """A trial with one launch for each energy."""
+    first, *others = (trial(number, changes, joules=(joules,)) for joules in energies)
+    return replace(first, repeats=tuple(others))
 
 
-@pytest.mark.parametrize("joules", [(), (1.0,)])
-def test_there_is_no_interval_below_two_windows(joules):
-    assert window_interval(trial(0, joules=joules)) is None
+CALIBRATED = Noise(sigma=0.01, degrees=7, source="calibration X")
 
 
-def test_a_ratio_agrees_with_welch_by_scipy():
+def test_the_interval_of_a_trial_is_students_with_the_noise_of_launches():
+    # t(0.975, 7) = 2.364624, over 4 launches of the geometric mean 1.
+    low, high = interval(launched(0, 1.0, 1.02, 1 / 1.02, 1.0), CALIBRATED)
+    assert (math.log(low), math.log(high)) == pytest.approx((-0.01182312, 0.01182312), abs=1e-8)
+
+
+def test_the_noise_pools_the_scatter_of_repeats_with_the_calibration():
+    # Two launches at ln 0 and ln 0.04: variance 0.0008 with 1 degree, beside 0.0001 with 7.
+    lived = History(trials=(launched(0, 1.0, math.exp(0.04)),), noise=CALIBRATED)
+    assert noise(lived).sigma == pytest.approx(math.sqrt((0.0008 + 7 * 0.0001) / 8))
+    assert noise(lived).degrees == 8
+    assert noise(lived).source == "calibration X and the repeats of this study"
+
+
+def test_without_repeats_and_calibration_the_noise_is_assumed():
+    assert noise(history(trial(0), trial(1))) is ASSUMED
+
+
+def test_few_repeats_can_raise_the_assumed_noise_and_never_lower_it():
+    assert noise(history(launched(0, 1.0, 1.001))) is ASSUMED
+    raised = noise(history(launched(0, 1.0, 1.2)))
+    assert raised.sigma == pytest.approx(math.log(1.2) / math.sqrt(2))
+    assert raised.degrees == 0
+
+
+def test_windows_widen_an_assumed_noise_but_not_a_known_one():
+    # ln(0.9, 1, 1.1) has sd 0.100377, half width 4.30265 * 0.100377 / sqrt(3) = 0.249351.
+    scattered = trial(0, joules=(0.9, 1.0, 1.1))
+    assert half_width(scattered, ASSUMED) == pytest.approx(0.249351, abs=1e-6)
+    assert half_width(scattered, CALIBRATED) == pytest.approx(0.02364624)
+
+
+@pytest.mark.parametrize("unknown", [trial(0, error="killed"), trial(0, joules=(0.0,))])
+def test_there_is_no_interval_where_there_is_no_logarithm(unknown):
+    assert interval(unknown, ASSUMED) is None
+
+
+def test_a_ratio_agrees_with_welch_by_scipy_where_the_windows_say_more_than_the_assumption():
     from scipy import stats
 
     a, b = (0.50, 0.52, 0.51, 0.49), (1.0, 1.1, 0.95)
@@ -63,19 +81,43 @@ def test_a_ratio_agrees_with_welch_by_scipy():
     ("ours", "theirs", "within_noise"),
     [
         ((0.70, 0.71, 0.69), (1.00, 1.01, 0.99), False),
-        ((0.98, 0.98, 0.98), (1.00, 1.00, 1.00), True),  # below the floor, however well the windows agree
+        ((0.98, 0.98, 0.98), (1.00, 1.00, 1.00), True),  # below the assumption, however well the windows agree
         ((0.70, 1.20, 0.90), (1.00, 1.40, 0.80), True),  # the interval holds 1
-        ((0.70,), (1.00,), False),  # no interval: the floor alone decides
+        ((0.70,), (1.00,), False),  # the assumption alone decides
         ((1.01,), (1.00,), True),
     ],
 )
-def test_within_noise_is_what_interval_and_floor_cannot_tell_apart(ours, theirs, within_noise):
+def test_within_noise_is_what_windows_and_assumption_cannot_tell_apart(ours, theirs, within_noise):
     assert against(trial(1, joules=ours), trial(0, joules=theirs)).within_noise is within_noise
 
 
-def test_one_window_gives_a_ratio_without_an_interval():
-    found = against(trial(1, joules=(0.5,)), trial(0))
-    assert (found.ratio, found.low, found.high) == (pytest.approx(0.5), None, None)
+def test_more_launches_tell_smaller_differences_apart():
+    once = against(launched(1, 0.98), launched(0, 1.0), CALIBRATED)
+    often = against(launched(1, *[0.98] * 4), launched(0, *[1.0] * 4), CALIBRATED)
+    assert (once.within_noise, often.within_noise) == (True, False)
+
+
+def test_trials_that_cannot_be_told_from_the_best_are_named():
+    lived = history(trial(0), trial(1, joules=(0.70,)), trial(2, joules=(0.71,)), trial(3, error="killed"))
+    assert summary.indistinguishable(lived) == {2}
+
+
+@pytest.mark.parametrize(
+    ("known", "sentence"),
+    [
+        (ASSUMED, "launches of one configuration are assumed to differ by 2.0 %; `tune calibrate` measures it"),
+        (
+            CALIBRATED,
+            "launches of one configuration differ by 1.0 % (standard deviation, from calibration X)",
+        ),
+        (
+            Noise(0.1, 0, "the repeats of this study"),
+            "launches of one configuration seem to differ by 10 %; `tune calibrate` measures it",
+        ),
+    ],
+)
+def test_where_the_intervals_come_from_is_said(known, sentence):
+    assert summary.noise_text(known) == sentence
 
 
 @pytest.mark.parametrize("other", [trial(1, error="killed"), trial(1, segment=1), trial(1, joules=(0.0, 0.0))])
@@ -97,7 +139,7 @@ def found_in(*trials):
 def test_two_trials_that_differ_in_one_parameter_give_its_effect():
     found = found_in(alone(0, 1.0), alone(1, 0.6, parallel=8))
     assert found["parallel", 8].ratio == pytest.approx(0.6)
-    assert found["parallel", 8].sentence == "parallel 4 -> 8: 0.60x the energy (1 trial)"
+    assert found["parallel", 8].sentence == "parallel 4 -> 8: 0.60x the energy (95 % CI 0.57x to 0.63x, 1 trial)"
 
 
 def test_parameters_that_only_changed_together_have_no_effect_of_their_own():
@@ -117,7 +159,10 @@ def test_effects_come_largest_first_whichever_way_they_point():
 
 def test_a_small_effect_is_said_to_be_none():
     found = found_in(alone(0, 1.0), alone(1, 1.01, threads=1))
-    assert found["threads", 1].sentence == "threads 2 -> 1: no effect beyond noise (1.01x, 1 trial)"
+    assert (
+        found["threads", 1].sentence
+        == "threads 2 -> 1: no effect beyond noise (1.01x, 95 % CI 0.96x to 1.07x, 1 trial)"
+    )
 
 
 def test_the_scatter_of_repeats_widens_the_noise():
@@ -308,9 +353,10 @@ def test_bytes_are_said_in_powers_of_a_thousand(size, text):
 
 def test_an_energy_that_is_not_measured_says_so():
     estimated = replace(trial(0), measurements=tuple(window(j, quality="estimated") for j in (1.0, 1.1)))
-    assert summary.energy_text(estimated) == "1.05 J/token ± 6.7 % estimated"
-    assert summary.energy_text(trial(0, joules=(1.0,))) == "1.00 J/token"
-    assert summary.energy_text(trial(0, error="killed")) == "failed"
+    known = Noise(0.01, 7, "calibration")
+    assert summary.energy_text(estimated, known) == "1.05 J/token ± 2.4 % estimated"
+    assert summary.energy_text(launched(0, 1.0, 1.0), known) == "1.00 J/token ± 1.7 % (2x)"
+    assert summary.energy_text(trial(0, error="killed"), known) == "failed"
 
 
 def test_a_fallback_names_whose_place_it_takes():
@@ -324,7 +370,7 @@ def test_the_sparkline_is_high_for_much_energy_and_marks_failures():
 
 
 def test_the_sparkline_does_not_blow_up_noise():
-    assert summary.sparkline([alone(0, 1.0), alone(1, 1.0 + NOISE_FLOOR / 10)]) == "▁▁"
+    assert summary.sparkline([alone(0, 1.0), alone(1, 1.005)]) == "▁▁"
 
 
 # --- text from outside ---

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from tuner import machine
+from tuner.checks import COUNTER_PERIODS, PERIODS_IN_A_WINDOW
 from tuner.files import find, load_runner, shipped
 from tuner.journal import NAME as JOURNAL
-from tuner.journal import Header, Segment, Study
-from tuner.meters import MeterChoice, MeterOptions, choose
+from tuner.journal import Header, Plan, Segment, Study
+from tuner.meters import MeterChoice, MeterOptions, choose, counts
 from tuner.proposers import CLASSICAL, open_classical
 from tuner.proposers.first import DefaultFirst
 from tuner.proposers.llm import Keep, Llm, Lose, View, forget, nobody, read_template, render
@@ -68,16 +69,18 @@ class Bench:
 Say = Callable[[str], None]
 
 
-def prepare(header: Header, *, meter: str, options: MeterOptions, say: Say) -> tuple[Header, Bench]:
+def prepare(
+    header: Header, *, meter: str, options: MeterOptions, say: Say, search: bool = True
+) -> tuple[Header, Bench]:
     """The bench of a new study, and the header with all that was found out.
 
-    `say` is told what a person should know before it happens.
+    `say` is told what a person should know before it happens. `search`: something must be left to tune.
 
     Raises:
         Refused: the workload, the model, a pin, a range or the meter cannot be had.
     """
     meters = choose(meter, options, require_measured=header.require_measured)
-    bench = _bench(header, meters, say)
+    bench = _bench(header, meters, say, search=search)
     if not _counts_its_processor(bench):
         if meter != "auto":
             raise Refused(
@@ -86,11 +89,11 @@ def prepare(header: Header, *, meter: str, options: MeterOptions, say: Say) -> t
             )
         say(f"not used: {'+'.join(meters.names)}, because this engine computes on the CPU; `tune doctor` mends rapl")
         meters = choose("estimate", options, require_measured=header.require_measured)
-        bench = _bench(header, meters, say)
-    return (
+        bench = _bench(header, meters, say, search=search)
+    return _with_noise(
         replace(
             header,
-            plan=replace(header.plan, window_seconds=header.plan.window_seconds or _window_seconds(meters)),
+            plan=_planned(header.plan, meters),
             meters=meters.names,
             meter_options=options.record(),
             meter_sentence=meters.sentence,
@@ -101,6 +104,14 @@ def prepare(header: Header, *, meter: str, options: MeterOptions, say: Say) -> t
         ),
         bench,
     )
+
+
+def _with_noise(header: Header, bench: Bench) -> tuple[Header, Bench]:
+    """The header with the noise that a calibration found under these very conditions."""
+    from tuner.calibrate import find as calibrated
+
+    noise, told = calibrated(header)
+    return replace(header, noise=noise), replace(bench, notes=(*bench.notes, told)) if told else bench
 
 
 def reopen(study: Study, *, force: bool, say: Say) -> tuple[Bench, Segment | None]:
@@ -117,6 +128,7 @@ def reopen(study: Study, *, force: bool, say: Say) -> tuple[Bench, Segment | Non
     except Refused:
         if not force:
             raise
+        options = replace(options, wall=None)
         meters = choose("auto", options, require_measured=header.require_measured)
     bench = _bench(header, meters, say)
     differences = [
@@ -142,16 +154,21 @@ def reopen(study: Study, *, force: bool, say: Say) -> tuple[Bench, Segment | Non
         meters=meters.names,
         meter_sentence=meters.sentence,
         space=tuple(bench.space.record()),
+        noise=_with_noise(replace(header, machine=bench.machine, identity=bench.identity, meters=meters.names), bench)[
+            0
+        ].noise,
     )
 
 
-def _bench(header: Header, meters: MeterChoice, say: Say) -> Bench:
+def _bench(header: Header, meters: MeterChoice, say: Say, *, search: bool = True) -> Bench:
     path = find("runners", header.workload, local=False)
     if not shipped(path):
         say(f"running the code of {path}")
     runner = load_runner(path)
     notes: list[str] = []
     space = asked(path, "space", lambda: runner.space(header.target))
+    if header.power_control:
+        space = _with_knobs(space, meters, say)
     for option, assignments, change in (
         ("--pin", header.pins, SearchSpace.pin),
         ("--range", header.ranges, SearchSpace.narrow),
@@ -169,17 +186,29 @@ def _bench(header: Header, meters: MeterChoice, say: Say) -> Bench:
         notes.append(f"kept at their defaults, because this meter cannot see what they do: {', '.join(blind)}")
     if faults := space.broken(space.default()):
         raise Refused(f"the configuration to start from is not legal: {'; '.join(faults)}")
-    if not space.free:
+    if search and not space.free:
         raise Refused("nothing is left to tune: every parameter is pinned or has a single value")
     return Bench(
         runner_path=path,
         runner=runner,
         space=space,
         meters=meters,
-        machine={**machine.describe(), **_boards(meters)},
+        machine={**machine.describe(), **_boards(meters), **_scopes(meters)},
         identity=asked(path, "identity", lambda: runner.identity(header.target)),
         notes=tuple(notes),
     )
+
+
+def _with_knobs(space: SearchSpace, meters: MeterChoice, say: Say) -> SearchSpace:
+    """The space with the GPU's power limit and clock. Raises `Refused` where the meter would not see what they do."""
+    if not counts(meters.domains, "gpu"):
+        raise Refused(
+            f"--allow-power-control: the {'+'.join(meters.names)} meter does not count the GPU, so what its limit and"
+            " clock do would not be seen; use --meter nvml or wall (`tune doctor` says which can be read)"
+        )
+    from tuner.control import knobs
+
+    return replace(space, parameters=(*space.parameters, *knobs(say)))
 
 
 def asked(runner: Path, question: str, answer: Callable[[], T]) -> T:
@@ -192,9 +221,50 @@ def asked(runner: Path, question: str, answer: Callable[[], T]) -> T:
         raise Refused(f"{runner}: its {question}() failed ({type(error).__name__}: {error})") from error
 
 
-def _window_seconds(meters: MeterChoice) -> float:
-    """A hundred updates of the slowest counter: NVML's moves every 0.1 s, RAPL's every millisecond."""
-    return 10.0 if "nvml" in meters.names else 2.0
+GPU_WARM_UP_SECONDS = (10.0, 120.0)
+CPU_WARM_UP_SECONDS = (1.0, 10.0)
+"""At least and at most: a GPU board takes tens of seconds to come to its temperature and clock."""
+
+GPU_WINDOW_SECONDS = 10.0
+CPU_WINDOW_SECONDS = 2.0
+WALL_WINDOW_SECONDS = 30.0
+"""A plug is asked about once a second: 30 samples, or a few steps of a counter that prints tenths of a watt-hour."""
+
+
+def counter_seconds(meters: MeterChoice) -> float:
+    """Between two updates of the slowest counter; 0.0 where nothing is counted."""
+    if meters.quality != "measured":
+        return 0.0
+    return max((COUNTER_PERIODS.get(domain.rstrip("0123456789"), 0.0) for domain in meters.domains), default=0.0)
+
+
+def _planned(plan: Plan, meters: MeterChoice) -> Plan:
+    """The plan with what depends on the meter. Windows hold `PERIODS_IN_A_WINDOW`, but in fast mode."""
+    on_gpu = any(name in meters.names for name in ("nvml", "zeus", "wall"))
+    usual = GPU_WINDOW_SECONDS if on_gpu else CPU_WINDOW_SECONDS
+    usual = WALL_WINDOW_SECONDS if "wall" in meters.names else usual
+    asked = plan.window_seconds or (usual / 2 if plan.fast else usual)
+    least = 0.0 if plan.fast else PERIODS_IN_A_WINDOW * counter_seconds(meters)
+    return replace(
+        plan,
+        window_seconds=max(asked, least),
+        warm_up_seconds=plan.warm_up_seconds or (GPU_WARM_UP_SECONDS if on_gpu else CPU_WARM_UP_SECONDS),
+        cool_down_seconds=_cool_down_seconds(meters) if plan.cool_down_seconds is None else plan.cool_down_seconds,
+    )
+
+
+def _cool_down_seconds(meters: MeterChoice) -> float:
+    """An estimate does not see temperature, so there is nothing to wait for."""
+    return 60.0 if "nvml" in meters.names else 30.0 if meters.quality in ("measured", "sampled") else 0.0
+
+
+def thorough(plan: Plan) -> Plan:
+    """The plan that a claim is measured with: that of the study, or the usual one where it was a fast one."""
+    if not plan.fast:
+        return plan
+    return replace(
+        plan, fast=False, windows=max(plan.windows, Plan().windows), window_seconds=2 * (plan.window_seconds or 0.0)
+    )
 
 
 def _counts_its_processor(bench: Bench) -> bool:
@@ -204,16 +274,31 @@ def _counts_its_processor(bench: Bench) -> bool:
     """
     offload = [p for p in bench.space.parameters if p.lever == "offload"]
     on_cpu = bench.identity.get("device") == "cpu" or any(p.default in NOT_OFFLOADED for p in offload)
-    return not on_cpu or any(domain.startswith("cpu") for domain in bench.meters.domains)
+    return not on_cpu or counts(bench.meters.domains, "cpu")
 
 
 def _boards(meters: MeterChoice) -> dict[str, str]:
     """Which GPU stands behind each domain: part of the record, so that studies of two boards never meet."""
-    if "nvml" not in meters.names:
-        return {}
-    from tuner.meters.nvml import boards
+    if "nvml" in meters.names:
+        from tuner.meters import nvml
 
-    return boards()
+        return nvml.boards()
+    if "zeus" in meters.names:
+        from tuner.meters import zeus
+
+        return zeus.boards()
+    return {}
+
+
+SCOPES = {"gpu": "board", "cpu": "package", "dram": "memory", "soc": "module", "wall": "whole machine"}
+
+
+def _scopes(meters: MeterChoice) -> dict[str, str]:
+    """What each counter covers: energies of different boundaries are different quantities."""
+    if meters.quality == "estimated":
+        return {}
+    kinds = {domain: re.split(r"\d", domain)[0] for domain in meters.domains}
+    return {f"scope_{domain}": SCOPES[kind] for domain, kind in kinds.items() if kind in SCOPES}
 
 
 def _without_blind(space: SearchSpace, meters: MeterChoice, asked: set[str]) -> tuple[SearchSpace, list[str]]:
@@ -230,7 +315,7 @@ def _without_blind(space: SearchSpace, meters: MeterChoice, asked: set[str]) -> 
         )
     for parameter in space.parameters:
         offloads = parameter.lever == "offload" and parameter.default not in NOT_OFFLOADED
-        if offloads and not any(domain.startswith("gpu") for domain in meters.domains):
+        if offloads and not counts(meters.domains, "gpu"):
             raise Refused(
                 f"{parameter.name}={show(parameter.default)} computes on a GPU, whose energy the"
                 f" {'+'.join(meters.names)} meter does not count; use a meter that does (`tune doctor` says which),"

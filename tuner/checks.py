@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tuner.repeats import stretch_of
 from tuner.space import show
-from tuner.summary import joules_text, number_text, percent_text, seconds_text, unit
+from tuner.summary import grouped, joules_text, number_text, percent_text, seconds_text, unit
 from tuner.trial import History, Trial
 
 COUNTER_PERIODS = {"gpu": 0.1, "cpu": 0.001, "dram": 0.001}
@@ -26,6 +27,9 @@ LEAST_WINDOWS = 3
 LARGEST_SPREAD = 0.05
 LEAST_CPUS_BUSY = 0.05
 MOST_CPUS_OF_OTHERS = 0.25
+LARGEST_STEP = 0.01
+"""Half the distance between the ends of a reading, as a share of it."""
+
 LONGEST_LOAD = 20
 """Times the measured seconds."""
 
@@ -39,7 +43,8 @@ def doubts(trial: Trial, history: History) -> list[str]:
         return []
     earlier = [t for t in history.trials if t.number < trial.number and t.segment == trial.segment and t.valid]
     standing = [said for rule in _STANDING if (said := rule(trial)) and not any(rule(t) for t in earlier)]
-    return standing + [said for rule in _OF_ONE_TRIAL if (said := rule(trial))]
+    drift = _drift(trial, history)
+    return standing + [said for rule in _OF_ONE_TRIAL if (said := rule(trial))] + ([drift] if drift else [])
 
 
 Rule = Callable[[Trial], str | None]
@@ -102,10 +107,57 @@ def _repeated(trial: Trial) -> str | None:
     invalid = [m for m in trial.measurements if not m.valid]
     if not invalid:
         return None
-    causes = "; ".join(dict.fromkeys(cause for m in invalid for cause in m.invalid))
+    causes = "; ".join(grouped(cause for m in invalid for cause in m.invalid))
     return (
         f"{len(invalid)} of {len(trial.measurements)} windows did not count ({causes});"
         " if that goes on, `tune doctor` shows the state of each meter"
+    )
+
+
+def _failed_again(trial: Trial) -> str | None:
+    failed = [r for r in trial.repeats if r.launch_joules_per_unit is None]
+    if not failed:
+        return None
+    return (
+        f"{len(failed)} of {1 + len(trial.repeats)} launches failed ({failed[-1].error}):"
+        " a setting that fails now and then is none to run; --range keeps it out"
+    )
+
+
+def _not_steady(trial: Trial) -> str | None:
+    warm_up = trial.warm_up
+    if warm_up is None or warm_up.steady:
+        return None
+    longer = max(warm_up.seconds, 1.0)
+    return (
+        f"the engine was not steady after {seconds_text(warm_up.seconds)} of warm-up (its throughput or its"
+        f" temperature still changed); give it longer: --warm-up {longer:.0f}s..{3 * longer:.0f}s"
+    )
+
+
+def _bounds(trial: Trial) -> str | None:
+    """A wall counter that moves in coarse steps, as far as that is told by its readings' bounds."""
+    ends, value = trial.joules_per_unit_bounds, trial.joules_per_unit
+    if trial.quality not in ("measured", "sampled") or not ends or not value:
+        return None
+    share = (ends[1] - ends[0]) / 2 / value
+    if share <= LARGEST_STEP:
+        return None
+    return (
+        f"the counter moves in steps, so each reading may be off by {percent_text(share)};"
+        " measure longer windows with --window, or let the meter print watts"
+    )
+
+
+def _drift(trial: Trial, history: History) -> str | None:
+    stretch = stretch_of(trial, history)
+    if stretch is None:
+        return None
+    change = percent_text(abs(stretch.ratio - 1))
+    return (
+        f"the machine drifted: trial {stretch.sentinel} used {change} {'more' if stretch.ratio > 1 else 'less'} when it"
+        f" ran again, so trials {stretch.first} to {stretch.last} compare badly with the others; see what else runs or"
+        " heats up, the confirmation is not touched by it"
     )
 
 
@@ -125,7 +177,7 @@ def _not_as_asked(trial: Trial) -> str | None:
 def _idle(trial: Trial) -> str | None:
     cpu_seconds = [m.cpu_seconds for m in trial.valid if m.cpu_seconds is not None]
     seconds = sum(m.seconds for m in trial.valid)
-    on_gpu = any(domain.startswith("gpu") for m in trial.valid for domain in m.energy)
+    on_gpu = any(domain.startswith(("gpu", "soc", "wall")) for m in trial.valid for domain in m.energy)
     if on_gpu or len(cpu_seconds) < len(trial.valid) or seconds <= 0:
         return None
     busy = sum(cpu_seconds) / seconds
@@ -161,4 +213,14 @@ def _long_load(trial: Trial) -> str | None:
 
 
 _STANDING: tuple[Rule, ...] = (_short_windows, _few_windows, _estimate)
-_OF_ONE_TRIAL: tuple[Rule, ...] = (_spread, _others, _repeated, _not_as_asked, _idle, _long_load)
+_OF_ONE_TRIAL: tuple[Rule, ...] = (
+    _spread,
+    _not_steady,
+    _bounds,
+    _others,
+    _repeated,
+    _failed_again,
+    _not_as_asked,
+    _idle,
+    _long_load,
+)

@@ -14,12 +14,13 @@ import math
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -29,11 +30,13 @@ from tuner.space import Refused
 if TYPE_CHECKING:
     from tuner.assemble import Bench
     from tuner.confirm import Saving
+    from tuner.control import PowerControl
     from tuner.display import Screen
     from tuner.files import Kind
-    from tuner.journal import Changes, End, Header, Journal
+    from tuner.journal import Changes, End, Header, Journal, Plan
+    from tuner.meters import MeterOptions
     from tuner.study import Threshold
-    from tuner.trial import Chat
+    from tuner.trial import Chat, Target
 
 app = typer.Typer(
     name="tune",
@@ -45,9 +48,22 @@ app = typer.Typer(
 )
 
 DEFAULT_TRIALS = 15
-DEFAULT_PAIRS = 4
+DEFAULT_PAIRS = 8
+LEAST_PAIRS = 6
+"""Fewer pairs show nothing with 95 % confidence (`tuner.intervals.LEAST_VALUES`)."""
 
 SUCCESS, FAILURE, USAGE, UNFINISHED = 0, 1, 2, 3
+
+
+# Panels of `--help`.
+LOAD = "What is run"
+PROPOSE = "Who proposes"
+SPACE = "What may change"
+STOP = "When to stop"
+MEASURE = "How it is measured"
+TRUST = "How sure to be"
+STUDY = "The study"
+MONEY = "What it costs"
 
 
 class Terminated(BaseException):
@@ -58,99 +74,268 @@ class Terminated(BaseException):
         self.number = number
 
 
+# --- options that several commands have --------------------------------------------------------
+
+Workload = Annotated[
+    str,
+    typer.Option(
+        "--workload", "-w", help="Engine to tune: a runner's name, or a path to a runner's file.", rich_help_panel=LOAD
+    ),
+]
+Model = Annotated[str | None, typer.Option(help="Model to run. Left out, the runner makes one.", rich_help_panel=LOAD)]
+Size = Annotated[str | None, typer.Option(help="Size of the model that the runner makes.", rich_help_panel=LOAD)]
+Prompts = Annotated[
+    int, typer.Option(min=1, max=100_000, help="Requests in one pass of the load.", rich_help_panel=LOAD)
+]
+PromptTokens = Annotated[int, typer.Option(min=1, max=10_000_000, help="Tokens of each prompt.", rich_help_panel=LOAD)]
+OutputTokens = Annotated[
+    int, typer.Option(min=1, max=10_000_000, help="Tokens generated for each prompt.", rich_help_panel=LOAD)
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the prompts and of the proposer.", rich_help_panel=LOAD)]
+AllowLossy = Annotated[
+    bool,
+    typer.Option("--allow-lossy", help="Also tune what can change the quality of the output.", rich_help_panel=SPACE),
+]
+Pin = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="Keep a parameter at a value. Repeatable.", rich_help_panel=SPACE),
+]
+MeterSpec = Annotated[
+    str,
+    typer.Option(
+        help="Where energy is read: `auto`, `nvml`, `rapl`, `nvml+rapl`, `zeus`, `rapl+zeus`, `wall` or `estimate`.",
+        rich_help_panel=MEASURE,
+    ),
+]
+RequireMeasured = Annotated[
+    bool, typer.Option("--require-measured", help="Refuse to run on estimated energy.", rich_help_panel=MEASURE)
+]
+CpuWatts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LOW..HIGH",
+        help="Full-load watts of your CPU, for the estimate where there is no counter.",
+        rich_help_panel=MEASURE,
+    ),
+]
+WallCommand = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CMD",
+        help="With --meter wall: a command that prints watts, joules or watt-hours.",
+        rich_help_panel=MEASURE,
+    ),
+]
+WallUrl = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", help="With --meter wall: an HTTP address in place of a command.", rich_help_panel=MEASURE
+    ),
+]
+WallUnit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="UNIT", help="Unit of a number that has none: `W`, `kW`, `J`, `Wh`, `kWh`, ...", rich_help_panel=MEASURE
+    ),
+]
+WallField = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="Which number: `aenergy.total` in JSON, or the words before it in a text.",
+        rich_help_panel=MEASURE,
+    ),
+]
+WallInterval = Annotated[
+    str | None,
+    typer.Option(metavar="TIME", help="Between two samples of power. [default: 1s]", rich_help_panel=MEASURE),
+]
+Windows = Annotated[int, typer.Option(min=1, max=1000, help="Measured windows in one trial.", rich_help_panel=MEASURE)]
+Window = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME",
+        help="Least length of one window; it holds whole passes. [default: 2s, on a GPU counter 10s]",
+        rich_help_panel=MEASURE,
+    ),
+]
+Timeout = Annotated[str, typer.Option(metavar="TIME", help="End a trial that takes longer.", rich_help_panel=MEASURE)]
+WarmUp = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LEAST..MOST",
+        help="Time before the first window, until throughput and temperature are steady."
+        " [default: 1s..10s, on a GPU counter 10s..120s]",
+        rich_help_panel=MEASURE,
+    ),
+]
+CoolDown = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME",
+        help="Wait at most so long before a trial for the temperature of the first one."
+        " [default: 60s on a GPU counter, 30s on a CPU counter, else 0]",
+        rich_help_panel=MEASURE,
+    ),
+]
+MostOthers = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Share of all CPUs that other processes may use before a window does not count; 1 counts"
+        " every window, also beside other processes on the GPU.",
+        rich_help_panel=MEASURE,
+    ),
+]
+
+
 # --- tune run --------------------------------------------------------------------------------
 
 
 @app.command()
 def run(
     context: typer.Context,
-    workload: Annotated[
-        str, typer.Option("--workload", "-w", help="Engine to tune: a runner's name, or a path to a runner's file.")
-    ] = "llama",
+    workload: Workload = "llama",
     template: Annotated[
         str | None,
-        typer.Option(help="Prompt for the LLM: `enhanced`, `baseline`, or a file of your own. [default: enhanced]"),
+        typer.Option(
+            help="Prompt for the LLM: `enhanced`, `baseline`, or a file of your own. [default: enhanced]",
+            rich_help_panel=PROPOSE,
+        ),
     ] = None,
     llm: Annotated[
         str | None,
         typer.Option(
             help="Who proposes: `openai:MODEL`, `anthropic:MODEL`, or `paste` (you carry prompts to a chat)."
-            " Left out, a key in the environment picks its provider."
+            " Left out, a key in the environment picks its provider.",
+            rich_help_panel=PROPOSE,
         ),
     ] = None,
     base_url: Annotated[
-        str | None, typer.Option(help="Server of an `openai:` model: Ollama, vLLM, llama.cpp, LM Studio, OpenRouter.")
+        str | None,
+        typer.Option(
+            help="Server of an `openai:` model: Ollama, vLLM, llama.cpp, LM Studio, OpenRouter.",
+            rich_help_panel=PROPOSE,
+        ),
     ] = None,
     proposer: Annotated[
-        str | None, typer.Option(help="Propose without an LLM: `rules`, `sobol`, `random`, `tpe`, `gp` or `cmaes`.")
+        str | None,
+        typer.Option(
+            help="Propose without an LLM: `rules`, `sobol`, `random`, `tpe`, `gp` or `cmaes`.", rich_help_panel=PROPOSE
+        ),
     ] = None,
-    batch: Annotated[bool, typer.Option("--batch", help="Run every proposal without asking.")] = False,
-    model: Annotated[str | None, typer.Option(help="Model to run. Left out, the runner makes one.")] = None,
-    size: Annotated[str | None, typer.Option(help="Size of the model that the runner makes.")] = None,
-    prompts: Annotated[int, typer.Option(min=1, max=100_000, help="Requests in one pass of the load.")] = 8,
-    prompt_tokens: Annotated[int, typer.Option(min=1, max=10_000_000, help="Tokens of each prompt.")] = 96,
-    output_tokens: Annotated[int, typer.Option(min=1, max=10_000_000, help="Tokens generated for each prompt.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the prompts and of the proposer.")] = 0,
-    allow_lossy: Annotated[
-        bool, typer.Option("--allow-lossy", help="Also tune what can change the quality of the output.")
+    batch: Annotated[
+        bool, typer.Option("--batch", help="Run every proposal without asking.", rich_help_panel=PROPOSE)
     ] = False,
-    pin: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Keep a parameter at a value. Repeatable.")
-    ] = None,
+    model: Model = None,
+    size: Size = None,
+    prompts: Prompts = 8,
+    prompt_tokens: PromptTokens = 96,
+    output_tokens: OutputTokens = 32,
+    seed: Seed = 0,
+    allow_lossy: AllowLossy = False,
+    pin: Pin = None,
     narrow: Annotated[
         list[str] | None,
-        typer.Option("--range", metavar="NAME=LOW..HIGH", help="Narrow a parameter's range. Repeatable."),
+        typer.Option(
+            "--range", metavar="NAME=LOW..HIGH", help="Narrow a parameter's range. Repeatable.", rich_help_panel=SPACE
+        ),
     ] = None,
+    allow_power_control: Annotated[
+        bool,
+        typer.Option(
+            "--allow-power-control",
+            help="Also tune the GPU's power limit and locked SM clock. Needs root; they are put back afterwards."
+            " Left out, neither is touched.",
+            rich_help_panel=SPACE,
+        ),
+    ] = False,
     threshold: Annotated[
         str | None,
-        typer.Option(help="Stop at this energy: `0.8x` of the default's, or `0.45J` per token."),
+        typer.Option(help="Stop at this energy: `0.8x` of the default's, or `0.45J` per token.", rich_help_panel=STOP),
     ] = None,
     trials: Annotated[
         int | None,
         typer.Option(
             min=1,
             help=f"Stop after so many trials, the default's too. [default: {DEFAULT_TRIALS}, none with --time]",
+            rich_help_panel=STOP,
         ),
     ] = None,
     time_limit: Annotated[
         str | None,
-        typer.Option("--time", metavar="TIME", help="Stop when the trials took `90s`, `20m` or `2h` together."),
-    ] = None,
-    meter: Annotated[
-        str, typer.Option(help="Where energy is read: `auto`, `nvml`, `rapl`, `nvml+rapl` or `estimate`.")
-    ] = "auto",
-    require_measured: Annotated[
-        bool, typer.Option("--require-measured", help="Refuse to run on estimated energy.")
-    ] = False,
-    cpu_watts: Annotated[
-        str | None,
         typer.Option(
-            metavar="LOW..HIGH", help="Full-load watts of your CPU, for the estimate where there is no counter."
-        ),
-    ] = None,
-    windows: Annotated[int, typer.Option(min=1, max=1000, help="Measured windows in one trial.")] = 5,
-    window: Annotated[
-        str | None,
-        typer.Option(
+            "--time",
             metavar="TIME",
-            help="Least length of one window; it holds whole passes. [default: 2s, on a GPU counter 10s]",
+            help="Stop when the trials took `90s`, `20m` or `2h` together.",
+            rich_help_panel=STOP,
         ),
     ] = None,
-    timeout: Annotated[str, typer.Option(metavar="TIME", help="End a trial that takes longer.")] = "10m",
+    meter: MeterSpec = "auto",
+    require_measured: RequireMeasured = False,
+    cpu_watts: CpuWatts = None,
+    wall_command: WallCommand = None,
+    wall_url: WallUrl = None,
+    wall_unit: WallUnit = None,
+    wall_field: WallField = None,
+    wall_interval: WallInterval = None,
+    windows: Windows = 5,
+    window: Window = None,
+    timeout: Timeout = "10m",
+    warm_up: WarmUp = None,
+    cool_down: CoolDown = None,
+    most_others: MostOthers = 0.25,
+    repeats: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|N",
+            help="Launches of a setting that would be the best, and of default or best every fourth trial: `auto`"
+            " until the 95 % interval is within 2 %, at most 4; a number is the most; 1 never repeats.",
+            rich_help_panel=TRUST,
+        ),
+    ] = "auto",
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast",
+            help="Short windows, single launches, no confirmation: it ranks, and claims nothing.",
+            rich_help_panel=TRUST,
+        ),
+    ] = False,
     confirm_pairs: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Fresh pairs of default and best after the search; a saving is claimed from them alone. [default: 4]",
+            help="Fresh pairs of default and best after the search; a saving is claimed from them alone."
+            f" An even number from {LEAST_PAIRS}, or 0. [default: {DEFAULT_PAIRS}]",
+            rich_help_panel=TRUST,
         ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the study. Left out, one is made.")] = None,
-    results: Annotated[Path, typer.Option(help="Folder that holds the studies.")] = Path("results"),
+    prune: Annotated[
+        bool,
+        typer.Option(
+            help="Put changes that are worth less than 1 % back to their defaults once it is confirmed.",
+            rich_help_panel=TRUST,
+        ),
+    ] = True,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the study. Left out, one is made.", rich_help_panel=STUDY)
+    ] = None,
+    results: Annotated[Path, typer.Option(help="Folder that holds the studies.", rich_help_panel=STUDY)] = Path(
+        "results"
+    ),
     resume: Annotated[
-        Path | None, typer.Option(metavar="STUDY", help="Go on with a study, given by its folder.")
+        Path | None,
+        typer.Option(metavar="STUDY", help="Go on with a study, given by its folder.", rich_help_panel=STUDY),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Resume on another machine, engine or model, as a segment of its own.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Resume on another machine, engine or model, as a segment of its own.",
+            rich_help_panel=STUDY,
+        ),
     ] = False,
 ) -> None:
     """Tune an engine: propose a setting, run it, measure its energy, and so on.
@@ -159,14 +344,10 @@ def run(
     reject it. At the end the best setting is measured afresh against the default.
     """
     from tuner.assemble import choose_proposer
-    from tuner.journal import Changes, Header, Plan
-    from tuner.trial import Target
+    from tuner.journal import Changes, Header
 
     with _screen() as screen:
-        if confirm_pairs is not None and confirm_pairs % 2:
-            raise Refused(
-                f"--confirm-pairs {confirm_pairs}: expected an even number, so that steady drift cancels, or 0"
-            )
+        pairs = _pairs("--confirm-pairs", confirm_pairs, or_none=True)
         if resume is not None:
             _refuse_with_resume(context)
             _resume(
@@ -176,7 +357,8 @@ def run(
                     trials=trials,
                     time_seconds=seconds("--time", time_limit) if time_limit else None,
                     threshold=threshold,
-                    confirm_pairs=confirm_pairs,
+                    confirm_pairs=pairs,
+                    prune=prune if _given(context, "prune") else None,
                     llm=llm,
                     base_url=base_url,
                     template=_lasting("prompts", template, named=True) if template else None,
@@ -187,15 +369,16 @@ def run(
             return
         if force:
             raise Refused("--force: it goes with --resume STUDY")
+        if fast and (pairs or _given(context, "repeats")):
+            option = "--confirm-pairs" if pairs else "--repeats"
+            raise Refused(f"--fast {option}: fast mode launches once and claims nothing; leave one of them out")
         if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
             raise Refused(f"--name {name!r}: expected letters, digits, dots, dashes and underscores, at most 100")
-        local = Path(model).expanduser() if model else None
         header = Header(
             name=name or "",
             workload=_lasting("runners", workload, named=_given(context, "workload")),
-            target=Target(
-                # A model file is named from where the person stands now; a resume may stand elsewhere.
-                model=str(local.absolute()) if local and local.exists() else model,
+            target=_target(
+                model=model,
                 size=size,
                 prompts=prompts,
                 prompt_tokens=prompt_tokens,
@@ -211,13 +394,20 @@ def run(
             threshold=threshold,
             trials=trials or (None if time_limit else DEFAULT_TRIALS),
             time_seconds=seconds("--time", time_limit) if time_limit else None,
-            confirm_pairs=DEFAULT_PAIRS if confirm_pairs is None else confirm_pairs,
-            plan=Plan(
-                windows=windows,
-                window_seconds=seconds("--window", window) if window else None,
-                timeout_seconds=seconds("--timeout", timeout),
+            confirm_pairs=0 if fast else DEFAULT_PAIRS if pairs is None else pairs,
+            prune=prune,
+            plan=_plan(
+                windows=3 if fast and not _given(context, "windows") else windows,
+                window=window,
+                timeout=timeout,
+                warm_up=warm_up,
+                cool_down=cool_down,
+                most_others=most_others,
+                repeats="1" if fast else repeats,
+                fast=fast,
             ),
             require_measured=require_measured,
+            power_control=allow_power_control,
             tune_version=__version__,
             started_unix=time.time(),
         )
@@ -236,12 +426,31 @@ def run(
             warning=choice.warning,
             batch=batch,
             meter=meter,
-            cpu_watts=cpu_watts,
+            options=_meter_options(
+                cpu_watts=cpu_watts,
+                wall_command=wall_command,
+                wall_url=wall_url,
+                wall_unit=wall_unit,
+                wall_field=wall_field,
+                wall_interval=wall_interval,
+            ),
         )
 
 
 _ALLOWED_WITH_RESUME = frozenset(
-    {"resume", "force", "batch", "trials", "time_limit", "threshold", "confirm_pairs", "llm", "base_url", "template"}
+    {
+        "resume",
+        "force",
+        "batch",
+        "trials",
+        "time_limit",
+        "threshold",
+        "confirm_pairs",
+        "prune",
+        "llm",
+        "base_url",
+        "template",
+    }
 )
 
 
@@ -253,6 +462,76 @@ def _refuse_with_resume(context: typer.Context) -> None:
                 f"{option.opts[0]}: a resumed study keeps the setting it was started with;"
                 " leave it out, or start a new study"
             )
+
+
+def _pairs(option: str, pairs: int | None, *, or_none: bool) -> int | None:
+    """A number of pairs that can show something, and in which steady drift cancels."""
+    if pairs is None or (or_none and pairs == 0):
+        return pairs
+    if pairs % 2 or pairs < LEAST_PAIRS:
+        raise Refused(
+            f"{option} {pairs}: expected an even number, so that steady drift cancels, and {LEAST_PAIRS} or more,"
+            f" because fewer show nothing with 95 % confidence{'; or 0 for no confirmation' if or_none else ''}"
+        )
+    return pairs
+
+
+def _meter_options(*, cpu_watts: str | None, wall_interval: str | None, **wall: str | None) -> MeterOptions:
+    from tuner.meters import MeterOptions
+
+    interval = seconds("--wall-interval", wall_interval) if wall_interval else None
+    return MeterOptions.parse(cpu_watts, wall_interval=interval, **wall)
+
+
+def _target(*, model: str | None, **load: Any) -> Target:
+    from tuner.trial import Target
+
+    # A model file is named from where the person stands now; a resume may stand elsewhere.
+    local = Path(model).expanduser() if model else None
+    return Target(model=str(local.absolute()) if local and local.exists() else model, **load)
+
+
+def _plan(
+    *,
+    windows: int,
+    window: str | None,
+    timeout: str,
+    warm_up: str | None,
+    cool_down: str | None,
+    most_others: float,
+    repeats: str = "1",
+    fast: bool = False,
+) -> Plan:
+    from tuner.journal import Plan
+
+    usual = Plan()
+    if repeats != "auto" and not (repeats.isascii() and repeats.isdigit() and 1 <= int(repeats) <= 100):
+        raise Refused(f"--repeats {repeats[:40]!r}: expected auto, or a number of launches from 1 to 100")
+    return Plan(
+        windows=windows,
+        window_seconds=seconds("--window", window) if window else None,
+        timeout_seconds=seconds("--timeout", timeout),
+        warm_up_seconds=_span("--warm-up", warm_up) if warm_up else None,
+        cool_down_seconds=_seconds_or_0("--cool-down", cool_down) if cool_down else None,
+        most_others=most_others,
+        launches=usual.launches if repeats == "auto" else int(repeats),
+        sentinel_every=0 if fast else usual.sentinel_every,
+        fast=fast,
+    )
+
+
+def _seconds_or_0(option: str, text: str) -> float:
+    return 0.0 if text.strip() in ("0", "0s") else seconds(option, text)
+
+
+def _span(option: str, text: str) -> tuple[float, float]:
+    """`1s..10s` as seconds; one time alone is both."""
+    least, dots, most = text.partition("..")
+    low = seconds(option, least)
+    high = seconds(option, most) if dots else low
+    if low > high:
+        raise Refused(f"{option} {text[:40]!r}: expected LEAST..MOST with the smaller time first, such as 1s..10s")
+    return low, high
 
 
 def _refuse_without_person(*, batch: bool) -> None:
@@ -270,27 +549,45 @@ def _start(
     warning: str | None,
     batch: bool,
     meter: str,
-    cpu_watts: str | None,
+    options: MeterOptions,
 ) -> None:
     from tuner.assemble import free_name, prepare, results_folder
     from tuner.journal import Journal, lock
-    from tuner.meters import MeterOptions
     from tuner.study import Threshold
 
     if header.threshold:
         Threshold.parse(header.threshold)
-    header, bench = prepare(header, meter=meter, options=MeterOptions.parse(cpu_watts), say=screen.say)
+    header, bench = prepare(header, meter=meter, options=options, say=screen.say)
     if not header.name:
         parts = (Path(header.workload).stem, Path(header.template or header.proposer).stem.removesuffix(".md"))
         header = replace(header, name=free_name(results, "-".join((*parts, time.strftime("%Y%m%d-%H%M%S")))))
     chat = _open_chat(screen, header)
     _check_proposer(header, bench, chat)
     _refuse_without_person(batch=batch)
-    folder = results_folder(results, header.name)
-    if warning:
-        screen.warn(warning)
-    with lock(folder), Journal.create(folder, header) as journal:
-        _go(screen, journal, header, bench, chat, batch=batch)
+    with _signals(), _powered(header, bench, screen) as control:
+        if control is not None:
+            # What the GPUs were set to is on disk, twice, before anything changes it.
+            before = {f"before_{gpu}": was for gpu, was in control.observed.items()}
+            header = replace(header, machine={**header.machine, **before})
+        folder = results_folder(results, header.name)
+        if warning:
+            screen.warn(warning)
+        with lock(folder), Journal.create(folder, header) as journal:
+            _go(screen, journal, header, bench, chat, control, batch=batch)
+
+
+@contextlib.contextmanager
+def _powered(header: Header, bench: Bench, screen: Screen) -> Iterator[PowerControl | None]:
+    """The GPUs held for this study, where their power and clock may be tuned."""
+    from tuner.control import PowerControl, pending
+
+    if not header.power_control:
+        for sentence in pending():
+            screen.warn(sentence)
+        yield None
+        return
+    with PowerControl(bench.space.parameters, screen.say) as control:
+        yield control
 
 
 def _resume(screen: Screen, folder: Path, changes: Changes, *, batch: bool, force: bool) -> None:
@@ -314,8 +611,9 @@ def _resume(screen: Screen, folder: Path, changes: Changes, *, batch: bool, forc
             journal.append(segment)
         if changes != Changes():
             journal.append(changes)
-        resumed(journal)
-        _go(screen, journal, header, bench, chat, batch=batch)
+        with _signals(), _powered(header, bench, screen) as control:
+            resumed(journal)
+            _go(screen, journal, header, bench, chat, control, batch=batch)
 
 
 def _given(context: typer.Context, name: str) -> bool:
@@ -351,14 +649,24 @@ def _check_proposer(header: Header, bench: Bench, chat: Chat | None) -> None:
     open_proposer(header, bench, chat)
 
 
-def _go(screen: Screen, journal: Journal, header: Header, bench: Bench, chat: Chat | None, *, batch: bool) -> None:
+def _go(
+    screen: Screen,
+    journal: Journal,
+    header: Header,
+    bench: Bench,
+    chat: Chat | None,
+    control: PowerControl | None,
+    *,
+    batch: bool,
+) -> None:
     """Run the study in the open journal to its end, confirm what it found, and leave with the exit code."""
     from tuner.session import Session
     from tuner.study import Threshold
 
-    session = Session(screen=screen, journal=journal, header=header, bench=bench, chat=chat, batch=batch)
-    with _signals():
-        end, found = session.run()
+    session = Session(
+        screen=screen, journal=journal, header=header, bench=bench, chat=chat, batch=batch, control=control
+    )
+    end, found = session.run()
     if end.kind in ("failures", "chat") or journal.study.history.best is None:
         raise typer.Exit(FAILURE)
     threshold = Threshold.parse(header.threshold) if header.threshold else None
@@ -372,6 +680,162 @@ def _reached(threshold: Threshold, end: End, found: Saving | None) -> bool:
     return found is None or threshold.reached(found.ratio, found.best_joules_per_unit)
 
 
+# --- tune confirm ------------------------------------------------------------------------------
+
+
+@app.command()
+def confirm(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's folder: results/NAME.")],
+    pairs: Annotated[
+        int, typer.Option(help=f"Fresh pairs of default and best, an even number from {LEAST_PAIRS}.")
+    ] = DEFAULT_PAIRS,
+    prune: Annotated[
+        bool, typer.Option(help="Put changes that are worth less than 1 % back to their defaults once it is confirmed.")
+    ] = True,
+) -> None:
+    """Measure the best setting of a study afresh against its default: the only source of a claim.
+
+    Both run in fresh processes, in ABBA order. Exit code 0: a saving is shown; 3: none is; 1: it could not be measured.
+    """
+    from tuner.assemble import reopen
+    from tuner.journal import Changes, Journal, lock, read
+    from tuner.session import Session
+
+    _pairs("--pairs", pairs, or_none=False)
+    with _screen() as screen:
+        history = read(study).history
+        if history.best is None or history.default is None:
+            raise Refused(f"{study}: nothing to confirm, the default or any other trial was not measured")
+        if history.best.config == history.default.config:
+            raise Refused(f"{study}: nothing to confirm, no setting used less energy than the default")
+        with lock(study), Journal.resume(study) as journal:
+            bench, _ = reopen(journal.study, force=False, say=screen.say)
+            journal.append(Changes(confirm_pairs=pairs, prune=prune))
+            header = journal.study.header
+            with _signals(), _powered(header, bench, screen) as control:
+                found = Session(
+                    screen=screen,
+                    journal=journal,
+                    header=header,
+                    bench=bench,
+                    chat=None,
+                    batch=True,
+                    control=control,
+                ).confirm()
+    if found is None:
+        raise typer.Exit(FAILURE)
+    raise typer.Exit(SUCCESS if found.shown else UNFINISHED)
+
+
+# --- tune calibrate ----------------------------------------------------------------------------
+
+
+@app.command()
+def calibrate(
+    context: typer.Context,
+    workload: Workload = "llama",
+    launches: Annotated[
+        int,
+        typer.Option(max=1000, help="Launches of one configuration, from 3; from 12 they are checked in pairs too."),
+    ] = 8,
+    model: Model = None,
+    size: Size = None,
+    prompts: Prompts = 8,
+    prompt_tokens: PromptTokens = 96,
+    output_tokens: OutputTokens = 32,
+    seed: Seed = 0,
+    pin: Pin = None,
+    meter: MeterSpec = "auto",
+    require_measured: RequireMeasured = False,
+    cpu_watts: CpuWatts = None,
+    wall_command: WallCommand = None,
+    wall_url: WallUrl = None,
+    wall_unit: WallUnit = None,
+    wall_field: WallField = None,
+    wall_interval: WallInterval = None,
+    windows: Windows = 5,
+    window: Window = None,
+    timeout: Timeout = "10m",
+    warm_up: WarmUp = None,
+    cool_down: CoolDown = None,
+    most_others: MostOthers = 0.25,
+) -> None:
+    """Measure this machine's noise: the same configuration launched again and again, each time in a fresh process.
+
+    Says how small a saving can be seen here, checks the counters, and keeps the result: `tune run` with the same
+    engine, model, load, windows and meter finds it. Ctrl-C keeps what is done, from three launches on.
+    Exit code 0: calibrated; 1: too little could be measured.
+    """
+    from tuner.assemble import prepare
+    from tuner.calibrate import LEAST_LAUNCHES, Calibration, CalibrationError, run_calibration, sentences, store
+    from tuner.evaluate import Launcher
+    from tuner.journal import Header
+    from tuner.session import idle_seconds
+
+    with _screen() as screen, tempfile.TemporaryDirectory(prefix="tune-calibrate-") as folder:
+        if launches < LEAST_LAUNCHES:
+            raise Refused(f"--launches {launches}: expected {LEAST_LAUNCHES} or more, since fewer show no spread")
+        header = Header(
+            name="calibration",
+            workload=_lasting("runners", workload, named=_given(context, "workload")),
+            target=_target(
+                model=model,
+                size=size,
+                prompts=prompts,
+                prompt_tokens=prompt_tokens,
+                output_tokens=output_tokens,
+                seed=seed,
+            ),
+            proposer="default",
+            pins=tuple(pin or ()),
+            plan=_plan(
+                windows=windows,
+                window=window,
+                timeout=timeout,
+                warm_up=warm_up,
+                cool_down=cool_down,
+                most_others=most_others,
+            ),
+            require_measured=require_measured,
+        )
+        header, bench = prepare(
+            header,
+            meter=meter,
+            options=_meter_options(
+                cpu_watts=cpu_watts,
+                wall_command=wall_command,
+                wall_url=wall_url,
+                wall_unit=wall_unit,
+                wall_field=wall_field,
+                wall_interval=wall_interval,
+            ),
+            say=screen.say,
+            search=False,
+        )
+        screen.say(header.meter_sentence)
+        launcher = Launcher(
+            folder=Path(folder),
+            runner=bench.runner_path,
+            target=header.target,
+            meters=bench.meters.names,
+            meter_options=dict(header.meter_options),
+            plan=header.plan,
+            idle_seconds_for=lambda _number: idle_seconds(bench.meters.names),
+        )
+
+        def keep(calibration: Calibration) -> None:
+            screen.close()
+            screen.facts(sentences(calibration))
+            screen.say(f"kept in {store(calibration)}")
+
+        screen.working("calibration")
+        with _signals():
+            try:
+                run_calibration(bench, header, launcher, launches, report=screen.phase, say=screen.say, keep=keep)
+            except CalibrationError as error:
+                _fail(str(error), FAILURE)
+
+
 # --- tune report, prompt, doctor ---------------------------------------------------------------
 
 
@@ -382,15 +846,58 @@ def report(
         str | None, typer.Option(metavar="FILE", help="Tidy CSV, one row a measurement; `-` is standard output.")
     ] = None,
     json: Annotated[str | None, typer.Option(metavar="FILE", help="The same as JSON; `-` is standard output.")] = None,
+    price: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AMOUNT/kWh",
+            help="Price of electricity: `0.25EUR/kWh`, `250/MWh`. Left out, no cost is shown.",
+            rich_help_panel=MONEY,
+        ),
+    ] = None,
+    carbon: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GRAMS/kWh",
+            help="Carbon intensity: `380g/kWh`. Left out, no carbon is shown.",
+            rich_help_panel=MONEY,
+        ),
+    ] = None,
+    pue: Annotated[
+        str | None,
+        typer.Option(
+            help="Energy of the whole facility over that of its computers. [default: 1]", rich_help_panel=MONEY
+        ),
+    ] = None,
+    tokens_per_day: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER",
+            help="Load for yearly figures: `50M` output tokens (or images) a day.",
+            rich_help_panel=MONEY,
+        ),
+    ] = None,
+    llm_price: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IN,OUT/M",
+            help="Price of a million input and output tokens of the LLM: `2.5,10/M`.",
+            rich_help_panel=MONEY,
+        ),
+    ] = None,
 ) -> None:
-    """Show a study as a table, or write its measurements to a file."""
-    from tuner.confirm import concluded
+    """Show a study as a table, with what its energy costs, or write its measurements to a file."""
+    from tuner.confirm import concluded, shown_by
+    from tuner.cost import CostOptions, assess, rows
     from tuner.journal import read
 
     with _screen() as screen:
+        # Before the study is read: a typing error is said at once.
+        options = CostOptions.parse(
+            price=price, carbon=carbon, pue=pue, tokens_per_day=tokens_per_day, llm_price=llm_price
+        )
         found = read(study)
         if csv is None and json is None:
-            screen.report(found, concluded(found))
+            screen.report(found, concluded(found), rows(assess(found, shown_by(found)[0], options)))
             return
         from tuner import export
 
@@ -418,16 +925,35 @@ def prompt(
 
 @app.command()
 def doctor(
-    cpu_watts: Annotated[
-        str | None, typer.Option(metavar="LOW..HIGH", help="Full-load watts of your CPU, for the estimate.")
-    ] = None,
+    cpu_watts: CpuWatts = None,
+    wall_command: WallCommand = None,
+    wall_url: WallUrl = None,
+    wall_unit: WallUnit = None,
+    wall_field: WallField = None,
+    wall_interval: WallInterval = None,
 ) -> None:
     """Say what can be measured here, what stands in the way, and how to mend it."""
     from tuner.doctor import examine
-    from tuner.meters import MeterOptions
 
     with _screen() as screen:
-        screen.doctor(examine(MeterOptions.parse(cpu_watts)))
+        options = _meter_options(
+            cpu_watts=cpu_watts,
+            wall_command=wall_command,
+            wall_url=wall_url,
+            wall_unit=wall_unit,
+            wall_field=wall_field,
+            wall_interval=wall_interval,
+        )
+        screen.doctor(examine(options))
+
+
+@app.command("restore")
+def restore_gpus() -> None:
+    """Put back GPU power limits and clocks that a killed run left changed."""
+    from tuner.control import restore
+
+    with _screen():
+        restore(typer.echo)
 
 
 @app.callback(invoke_without_command=True)

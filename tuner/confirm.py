@@ -5,6 +5,9 @@ with a spread of 2 %, the best seems to save 3.7 %. So the figures of the search
 Fresh pairs are: each pair runs the default and the best in new processes, in ABBA order, so that a
 machine that warms up or slows down steadily favours neither. The sentence at the end of a run follows
 from the pairs alone.
+
+What is confirmed may change more than it must. `prune` then asks, by pairs of their own, whether changes
+can go back to their defaults without losing the gain.
 """
 
 from __future__ import annotations
@@ -12,32 +15,56 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tuner.evaluate import Launcher
-from tuner.journal import Header, Journal, Pair, Study
+from tuner.intervals import LEAST_VALUES, paired_interval
+from tuner.journal import Header, Journal, Pair, Prune, Study
 from tuner.meters import MeterOptions
-from tuner.space import Value
-from tuner.summary import percent_text, student_t
-from tuner.trial import QUALITIES, Proposal, Quality, Trial
+from tuner.space import Config, Refused, SearchSpace, Value
+from tuner.summary import effects, percent_text, ratio_text
+from tuner.trial import QUALITIES, History, Proposal, Quality, Trial
 
 Worth = Callable[[Trial], float | None]
-"""Joules per unit of a trial, or None."""
+"""Joules per unit of a launch, or None."""
+
+Sides = Sequence[tuple[Trial, Trial]]
+"""Reference and candidate of each pair in which both were measured."""
+
+LEAST_PAIRS = LEAST_VALUES
+DEFAULT_PAIRS = 8
+
+MATTERS = 0.01
+"""A change that is worth less than this goes back to its default."""
+
+BOUND = 0.95
+"""Probability with which dropping a change costs less than `MATTERS`, one-sided."""
+
+POWER_AND_BOUND = 1.645 + 0.842
+"""Normal quantiles: 95 % one-sided, and 80 % to get there when a change does nothing."""
+
+MOST_PRUNE_PAIRS = 16
+MOST_PRUNE_TESTS = 3
+
+
+# --- what pairs show -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Saving:
     """What the pairs show.
 
-    `ratio` is best over default, with the ends of its two-sided 95 % interval. Assumes that the logarithms
-    of the pairs' ratios are independent and near normal: Student's t over the pairs. Where the energy is an
-    estimate, the interval spans those at both ends of the power range as well.
+    `ratio` is best over default, with the ends of its two-sided 95 % interval: by sign flips below eight
+    pairs, by Student's t from there (`tuner.intervals.paired_interval`). Assumes that the logarithms of the
+    pairs' ratios are independent, and symmetric or near normal. Where the energy is an estimate, the
+    interval spans those at both ends of the power range as well.
     """
 
     ratio: float
-    low: float
-    high: float
+    low: float | None
+    """None, like `high`, where the pairs are too few for any interval."""
+    high: float | None
     pairs: int
     quality: Quality
     """The worst among the runs."""
@@ -47,7 +74,7 @@ class Saving:
     @property
     def shown(self) -> bool:
         """Whether the whole interval lies below the default."""
-        return self.high < 1
+        return self.high is not None and self.high < 1
 
 
 def pair_order(number: int) -> bool:
@@ -56,31 +83,37 @@ def pair_order(number: int) -> bool:
 
 
 def saving(pairs: Sequence[Pair], header: Header) -> Saving | None:
-    """The saving that `pairs` show; None below two pairs in which both sides were measured."""
+    """The saving that `pairs` show; None where no pair was measured on both sides."""
     sides = [(p.default, p.best) for p in pairs if p.default.joules_per_unit and p.best.joules_per_unit]
-    if len(sides) < 2:
+    if not sides:
         return None
-    quality = max((q for side in sides for t in side if (q := t.quality)), key=QUALITIES.index)
-    values: list[Worth] = [lambda t: t.joules_per_unit]
-    if quality == "estimated":
-        values += _at_the_ends(header)
-    intervals = [_interval(sides, value) for value in values]
+    mean, low, high = _compared(sides, header)
     return Saving(
-        ratio=intervals[0][0],
-        low=min(low for _, low, _ in intervals),
-        high=max(high for _, _, high in intervals),
+        ratio=math.exp(mean),
+        low=None if low is None else math.exp(low),
+        high=None if high is None else math.exp(high),
         pairs=len(sides),
-        quality=quality,
+        quality=max((q for side in sides for t in side if (q := t.quality)), key=QUALITIES.index),
         best_joules_per_unit=statistics.geometric_mean([b.joules_per_unit or 0.0 for _, b in sides]),
     )
 
 
-def _interval(sides: Sequence[tuple[Trial, Trial]], value: Worth) -> tuple[float, float, float]:
-    """Ratio of best over default with the ends of its 95 % interval."""
-    logs = [math.log(b / d) for default, best in sides if (d := value(default)) and (b := value(best))]
-    mean = statistics.fmean(logs)
-    half = student_t(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+def _compared(sides: Sides, header: Header, confidence: float = 0.95) -> tuple[float, float | None, float | None]:
+    """Mean of ln(candidate / reference) and the ends of its two-sided interval, over an estimate's whole range."""
+    values: list[Worth] = [lambda t: t.joules_per_unit]
+    if any(t.quality == "estimated" for side in sides for t in side):
+        values += _at_the_ends(header)
+    logs = [_logs(sides, value) for value in values]
+    found = [paired_interval(each, confidence) for each in logs]
+    known = [ends for ends in found if ends is not None]
+    mean = statistics.fmean(logs[0])
+    if len(known) < len(values):
+        return mean, None, None
+    return mean, min(low for low, _ in known), max(high for _, high in known)
+
+
+def _logs(sides: Sides, value: Worth) -> list[float]:
+    return [math.log(b / a) for first, second in sides if (a := value(first)) and (b := value(second))]
 
 
 def _at_the_ends(header: Header) -> list[Worth]:
@@ -102,6 +135,9 @@ def _at_the_ends(header: Header) -> list[Worth]:
     return [worth(end) for end in model.extremes()]
 
 
+# --- saying it -------------------------------------------------------------------------------
+
+
 def verdict(found: Saving | None, done: int, planned: int, trial: int | None = None) -> str:
     """The last sentence of a study, from `done` of `planned` pairs of trial `trial` and the default."""
     if not planned:
@@ -110,13 +146,17 @@ def verdict(found: Saving | None, done: int, planned: int, trial: int | None = N
         return f"No saving is claimed: {done} of {planned} fresh pairs are done."
     if found is None:
         return "No saving shown: the confirmation could not be measured."
-    interval = f"95 % CI {percent_text(1 - found.high)} to {percent_text(1 - found.low)}"
     label = {
         "measured": "",
         "estimated": ", estimated from CPU time over the whole power range and not measured",
     }.get(found.quality, f", {found.quality}")
-    beside = f"({interval}, {found.pairs} fresh pairs{label})"
     who = "The best setting" if trial is None else f"Trial {trial}"
+    if found.low is None or found.high is None:
+        return (
+            f"No saving shown: {found.pairs} pairs were measured, and fewer than {LEAST_PAIRS} show nothing"
+            f" with 95 % confidence{label}."
+        )
+    beside = f"(95 % CI {interval_text(found.low, found.high)}, {found.pairs} pairs{label})"
     if not found.shown:
         return f"No saving shown: {who[0].lower()}{who[1:]} against the default {beside}."
     verb = (
@@ -127,13 +167,20 @@ def verdict(found: Saving | None, done: int, planned: int, trial: int | None = N
     return f"{who} {verb} {percent_text(1 - found.ratio)} {beside}."
 
 
+def interval_text(low: float, high: float) -> str:
+    """A ratio's interval as that of the saving: `27 to 35 %`; a saving below -1000 % has no figure."""
+    worst, most = 1 - high, 1 - low
+    least = "below -1000" if worst < -10 else percent_text(worst).removesuffix(" %")
+    return f"{least} to {percent_text(most) if most > -10 else 'below -1000 %'}"
+
+
 def concluded(study: Study) -> str | None:
     """The last sentence of a recorded study; None where nothing was confirmed."""
     if not study.pairs:
         return None
     last = study.pairs[-1]
-    pairs = pairs_of(study, last.config, last.planned)
-    said = verdict(saving(pairs, here(study)), len(pairs), last.planned, last.best.number)
+    found, done = shown_by(study)
+    said = verdict(found, done, last.planned, last.best.number)
     best = study.history.best
     if best and best.config != last.config:
         said += f" Trial {best.number} is better in the search and was not confirmed."
@@ -143,9 +190,21 @@ def concluded(study: Study) -> str | None:
     return said
 
 
+def shown_by(study: Study) -> tuple[Saving | None, int]:
+    """What the newest confirmation shows, and how many of its pairs are done; no claim while some are missing."""
+    if not study.pairs:
+        return None, 0
+    last = study.pairs[-1]
+    pairs = pairs_of(study, last.config, last.planned)
+    return (saving(pairs, here(study)) if len(pairs) >= last.planned else None), len(pairs)
+
+
 def here(study: Study) -> Header:
     """The header as it holds for the newest segment: its pairs ran on that segment's machine."""
     return replace(study.header, machine=study.machine)
+
+
+# --- measuring pairs -------------------------------------------------------------------------
 
 
 def pairs_of(study: Study, config: Mapping[str, Value], planned: int) -> list[Pair]:
@@ -166,15 +225,14 @@ def confirm(
     """
     while (number := len(done := pairs_of(journal.study, best.config, pairs))) < pairs:
         began(number)
-        fresh = replace(launcher, log_name=f"confirm-{number + 1}.log")
-        first, second = (default, best) if pair_order(number) else (best, default)
-        runs = {t.number: fresh(t.number, _again(t)) for t in (first, second)}
+        default_first = pair_order(number)
+        runs = _both(launcher, f"confirm-{number + 1}.log", default, best, first=default_first)
         journal.append(
             Pair(
                 number=number,
-                default=runs[default.number],
-                best=runs[best.number],
-                default_first=first is default,
+                default=runs[0],
+                best=runs[1],
+                default_first=default_first,
                 config=best.config,
                 planned=pairs,
             )
@@ -182,5 +240,169 @@ def confirm(
     return saving(done, here(journal.study))
 
 
+def _both(launcher: Launcher, log: str, a: Trial, b: Trial, *, first: bool) -> tuple[Trial, Trial]:
+    """Fresh launches of `a` and `b`; `first`: `a` runs first."""
+    fresh = replace(launcher, log_name=log)
+    if first:
+        of_a = fresh(a.number, _again(a))
+        return of_a, fresh(b.number, _again(b))
+    of_b = fresh(b.number, _again(b))
+    return fresh(a.number, _again(a)), of_b
+
+
 def _again(trial: Trial) -> Proposal:
     return Proposal(config=trial.config, source=trial.proposal.source, reason=f"confirms trial {trial.number}")
+
+
+# --- the shortest setting that keeps the gain --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shortened:
+    """What became of one attempt to put changes back to their defaults."""
+
+    dropped: tuple[str, ...]
+    ratio: float | None
+    """Energy without these changes over that with them."""
+    bound: float | None
+    """With 95 % probability it is no more than this; None where it could not be measured."""
+    pairs: int
+    config: Config
+
+    @property
+    def keeps_the_gain(self) -> bool:
+        return self.bound is not None and self.bound <= 1 + MATTERS
+
+    @property
+    def sentence(self) -> str:
+        names = ", ".join(self.dropped)
+        if self.ratio is None or self.bound is None:
+            return f"{names}: kept, because it could not be measured without"
+        figures = (
+            f"{ratio_text(self.ratio, 3)} the energy, at most {ratio_text(self.bound, 3)} (95 %, {self.pairs} pairs)"
+        )
+        verb = "back at default" if self.keeps_the_gain else "kept"
+        return f"{names}: {verb}; without: {figures}"
+
+
+def shortened(study: Study) -> tuple[Config | None, tuple[Shortened, ...]]:
+    """The shortest confirmed configuration, and every complete attempt that led to it; None without a saving."""
+    found, _ = shown_by(study)
+    if found is None or not found.shown:
+        return None, ()
+    config: Config = dict(study.pairs[-1].config)
+    attempts = []
+    for pairs in _attempts(study):
+        if pairs[0].kept.config != config or len(pairs) < pairs[0].planned:
+            continue
+        attempt = _judged(pairs, here(study))
+        attempts.append(attempt)
+        if attempt.keeps_the_gain:
+            config = dict(attempt.config)
+    return config, tuple(attempts)
+
+
+def _attempts(study: Study) -> Iterator[list[Prune]]:
+    """The pairs of the newest segment, attempt by attempt, in the order they began."""
+    found: dict[str, list[Prune]] = {}
+    for pair in study.prunes:
+        if pair.shorter.segment == study.segment:
+            key = json.dumps([pair.kept.config, pair.config, pair.planned], sort_keys=True)
+            found.setdefault(key, []).append(pair)
+    yield from found.values()
+
+
+def _judged(pairs: Sequence[Prune], header: Header) -> Shortened:
+    sides = [(p.kept, p.shorter) for p in pairs if p.kept.joules_per_unit and p.shorter.joules_per_unit]
+    last = pairs[-1]
+    if not sides:
+        return Shortened(last.dropped, None, None, 0, dict(last.config))
+    # The upper end of a two-sided 90 % interval is a one-sided 95 % bound.
+    mean, _, high = _compared(sides, header, confidence=2 * BOUND - 1)
+    bound = None if high is None else math.exp(high)
+    return Shortened(last.dropped, math.exp(mean), bound, len(sides), dict(last.config))
+
+
+def prune_pairs(study: Study) -> int | None:
+    """How many pairs tell 1 % at the noise of the confirmation's own pairs, even; None where none were measured.
+
+    n = ((z_0.95 + z_0.80) s / 0.01)^2, with s the standard deviation of the pairs' ln ratios: the bound then
+    lies below 1 % in four of five attempts when a change does nothing.
+    """
+    if not study.pairs:
+        return None
+    last = study.pairs[-1]
+    pairs = pairs_of(study, last.config, last.planned)
+    logs = _logs([(p.default, p.best) for p in pairs], lambda t: t.joules_per_unit)
+    if len(logs) < 2:
+        return None
+    needed = math.ceil((POWER_AND_BOUND * statistics.stdev(logs) / math.log1p(MATTERS)) ** 2)
+    return max(LEAST_PAIRS, needed + needed % 2)
+
+
+def prune(
+    journal: Journal, launcher: Launcher, space: SearchSpace, pairs: int, began: Callable[[tuple[str, ...], int], None]
+) -> None:
+    """Ask of the changes in a confirmed setting whether they matter, until the journal holds the answer.
+
+    First all that the search saw no effect of, together; when that loses the gain, the least of them one by
+    one, `MOST_PRUNE_TESTS` attempts in all. What cannot be told to be worth less than 1 % stays.
+    """
+    tried: set[tuple[str, ...]] = set()
+    while len(tried) < MOST_PRUNE_TESTS:
+        study = journal.study
+        config, attempts = shortened(study)
+        best = next((t for t in study.history.measured if t.config == study.pairs[-1].config), None)
+        if config is None or best is None:
+            return
+        tried |= {a.dropped for a in attempts}
+        names = _next_to_drop(space, study.history, config, attempts)
+        if names is None:
+            return
+        tried.add(names)
+        kept = replace(best, config=config, repeats=())
+        shorter = replace(kept, config={**config, **{name: space[name].default for name in names}})
+        asked = (study.segment, config, shorter.config, pairs)
+        done = [p for p in study.prunes if (p.shorter.segment, p.kept.config, p.config, p.planned) == asked]
+        for number in range(len(done), pairs):
+            began(names, number)
+            kept_first = pair_order(number)
+            log = f"prune-{len(attempts) + 1}-{number + 1}.log"
+            runs = _both(launcher, log, kept, shorter, first=kept_first)
+            journal.append(
+                Prune(
+                    number=number,
+                    kept=runs[0],
+                    shorter=runs[1],
+                    kept_first=kept_first,
+                    config=shorter.config,
+                    dropped=names,
+                    planned=pairs,
+                )
+            )
+
+
+def _next_to_drop(
+    space: SearchSpace, history: History, config: Config, attempts: Sequence[Shortened]
+) -> tuple[str, ...] | None:
+    """The parameters to put back next, or None when there is nothing more to ask."""
+    changed = [name for name in space.names if config[name] != space[name].default]
+    tried = {name for a in attempts if len(a.dropped) == 1 for name in a.dropped}
+    worth = {e.parameter: e.ratio for e in effects(space, history) if e.value == config.get(e.parameter)}
+    # What saved most stays longest; what the search could not single out comes between.
+    order = sorted(changed, key=lambda name: -worth.get(name, 1.0))
+    if not attempts:
+        group = tuple(name for name in order[:-1] if worth.get(name, 1.0) > 1 - 2 * MATTERS)
+        return group if group and _legal(space, config, group) else None
+    if attempts[0].keeps_the_gain:
+        return None
+    left = [(n,) for n in attempts[0].dropped if n in changed and n not in tried and len(attempts[0].dropped) > 1]
+    return next((names for names in left if _legal(space, config, names)), None)
+
+
+def _legal(space: SearchSpace, config: Config, names: Sequence[str]) -> bool:
+    try:
+        space.check({**config, **{name: space[name].default for name in names}})
+    except Refused:
+        return False
+    return True

@@ -12,6 +12,7 @@ character, whoever wrote it. Colour only repeats what words or marks already say
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,23 +35,29 @@ from tuner.journal import End, Study
 from tuner.space import Config, Refused, SearchSpace, Value, show
 from tuner.summary import (
     Usage,
+    above_idle,
     against,
     changes_text,
     clean,
     differences,
     energy_text,
+    grouped,
+    idle_text,
+    indistinguishable,
+    interval_text,
     joules_text,
+    noise,
+    noise_text,
     percent_text,
     quality_text,
     ratio_text,
     seconds_text,
     source_text,
     sparkline,
-    spread_text,
     unit,
     where_energy_goes,
 )
-from tuner.trial import Action, Decision, History, Message, Proposal, Trial
+from tuner.trial import Action, Decision, History, Message, Proposal, Repeat, Trial
 
 REFRESHES_PER_SECOND = 2
 """The view runs beside the measurement: each drawing costs 2 to 3 ms of the same CPU, 0.5 % of it in all."""
@@ -99,8 +106,23 @@ class _Running:
     phase_started: float = 0.0
 
 
+_PASSING = ("starting", "loading", "stopping")
+"""Phases that are over in a moment: shown where they can be overwritten, no line in a log."""
+
 _PLAIN = str.maketrans(
-    {"±": "+/-", "×": "x", "µ": "u", "…": "...", "▁": "_", "▂": "_", "▃": ".", "▄": "-", "▅": "-"}
+    {
+        "±": "+/-",
+        "×": "x",
+        "µ": "u",
+        "…": "...",
+        "€": "EUR ",
+        "£": "GBP ",
+        "▁": "_",
+        "▂": "_",
+        "▃": ".",
+        "▄": "-",
+        "▅": "-",
+    }
 ) | (str.maketrans({"▆": "=", "▇": "=", "█": "#"}))
 """For terminals and files that are not UTF-8."""
 
@@ -203,6 +225,14 @@ class Screen:
             self._trial_line(trial, past)
         self._start_live()
 
+    def working(self, name: str) -> None:
+        """Begin the live view of something that is no study."""
+        self.study_started(name, None, None)
+
+    def facts(self, rows: Sequence[tuple[str, str]]) -> None:
+        """What was found out, on standard output."""
+        self._facts(rows)
+
     def phase(self, trial_number: int, phase: str) -> None:
         """What is happening now. Called often; only a change is news."""
         running = self._running
@@ -210,6 +240,7 @@ class Screen:
             return
         # Without a live view, `measuring 2/5` after `measuring 1/5` is no event.
         event = (running.number, running.phase.split()[:1]) != (trial_number, phase.split()[:1])
+        event = event and phase not in _PASSING
         running.number, running.phase, running.phase_started = trial_number, phase, self._clock()
         if event and not self._live_wanted:
             self.say(f"trial {trial_number}: {phase}")
@@ -226,12 +257,36 @@ class Screen:
         if self._live is not None:
             self._live.refresh()
 
+    def repeated(self, repeat: Repeat, history: History) -> None:
+        """One more launch of a trial, and what is known of it now."""
+        if self._running is not None:
+            self._running.history = history
+            self._running.phase_started = self._clock()
+        trial = next(t for t in history.trials if t.number == repeat.trial.number)
+        why = "to be sure" if repeat.purpose == "contender" else "to see drift"
+        outcome = (
+            f"failed: {repeat.trial.error}"
+            if repeat.trial.launch_joules_per_unit is None
+            else f"{joules_text(repeat.trial.launch_joules_per_unit)}, in all {energy_text(trial, noise(history))}"
+        )
+        self._below(trial, f"launched again {why}: {outcome}")
+        if self._live is not None:
+            self._live.refresh()
+
     def confirming(self, pair: int, pairs: int) -> None:
         """The search is over; default and best are measured again."""
         if self._running is not None:
             self._running.phase, self._running.phase_started = f"confirming, pair {pair} of {pairs}", self._clock()
         if not self._live_wanted:
             self.say(f"confirming: pair {pair} of {pairs} (default and best, measured again)")
+
+    def pruning(self, dropped: Sequence[str], pair: int, pairs: int) -> None:
+        """The saving is confirmed, and these changes may not be needed for it."""
+        what = f"without {', '.join(dropped)}: pair {pair} of {pairs}"
+        if self._running is not None:
+            self._running.phase, self._running.phase_started = what, self._clock()
+        if not self._live_wanted:
+            self.say(f"measuring {what}")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -297,12 +352,12 @@ class Screen:
             label = quality_text(best)
             figure = f"{joules_text(best.joules_per_unit)}/{unit(best)}{label and f' {label}'}"
             line.append_text(self._text(figure, "bold"))
-            ratio = against(best, history.default) if history.default else None
+            ratio = against(best, history.default, noise(history)) if history.default else None
             if best is history.default:
                 line.append(f" (trial {best.number}, the default)")
             elif ratio:
-                noise = ", within noise" if ratio.within_noise else ""
-                line.append(f" (trial {best.number}, {ratio_text(ratio.ratio)}{noise})")
+                near = ", within noise" if ratio.within_noise else ""
+                line.append(f" (trial {best.number}, {ratio_text(ratio.ratio)}{near})")
         limit = running.threshold.joules_per_unit(history) if running.threshold else None
         if limit is not None:
             line.append("  threshold ", "dim")
@@ -334,7 +389,6 @@ class Screen:
             label = f", {self._heading}" if self._heading else ""
             head = ("#", "proposed by", "changes from the default", f"J/{unit(trial)}{label}", "ratio")
             self._stderr.print(self._row([Text(h, "dim") for h in head]))
-        default = history.default
         number, source = self._text(str(trial.number)), self._text(source_text(trial))
         changes = self._changes(_changes(trial, history))
         if trial.joules_per_unit is None:
@@ -343,18 +397,23 @@ class Screen:
             for line in trial.log[-LOG_LINES_SHOWN:]:
                 self._below(trial, f"| {line}")
             return
-        energy = self._text(
-            f"{joules_text(trial.joules_per_unit)} {spread_text(trial)}", "bold" if trial is history.best else ""
-        )
+        energy = self._energy(trial, history)
         if quality_text(trial) != self._heading:
             energy.append(f" {quality_text(trial) or 'measured'}")
-        self._stderr.print(self._row([number, source, changes, energy, self._ratio(trial, default, self._stderr)]))
+        self._stderr.print(self._row([number, source, changes, energy, self._ratio(trial, history, self._stderr)]))
 
     def _changes(self, text: str) -> _Changes:
         return _Changes(tuple(self._text(change) for change in (text or "(the default)").split(", ")))
 
-    def _ratio(self, trial: Trial, default: Trial | None, console: Console) -> Text:
-        ratio = against(trial, default) if default and trial is not default else None
+    def _energy(self, trial: Trial, history: History) -> Text:
+        """`49.4 mJ ± 1.7 % (3x)`, after a `~` where it cannot be told from the best."""
+        mark = "~ " if trial.number in indistinguishable(history) else ""
+        figures = f"{mark}{joules_text(trial.joules_per_unit)} {interval_text(trial, noise(history))}"
+        return self._text(figures, "bold" if trial is history.best else "")
+
+    def _ratio(self, trial: Trial, history: History, console: Console) -> Text:
+        default = history.default
+        ratio = against(trial, default, noise(history)) if default and trial is not default else None
         if ratio is None:
             return Text()
         if ratio.within_noise:
@@ -494,7 +553,7 @@ class Screen:
                 self.say("nothing changed")
                 return None
             if known := history.find(config):
-                self.say(f"note: this is trial {known.number} again ({energy_text(known)})")
+                self.say(f"note: this is trial {known.number} again ({energy_text(known, noise(history))})")
             self.say(f"edited: {changed}")
             edited = replace(
                 proposal,
@@ -564,7 +623,7 @@ class Screen:
             facts.add_row("reason", self._text(proposal.reason))
         facts.add_row("predicted", self._text(_prediction(history, proposal)))
         if best:
-            facts.add_row("best so far", self._text(energy_text(best)))
+            facts.add_row("best so far", self._text(energy_text(best, noise(history))))
         facts.add_row("costs", self._text(f"about {seconds_text(trial_seconds)}" if trial_seconds else "not known yet"))
         self._stderr.print()
         self._stderr.print(facts)
@@ -614,6 +673,7 @@ class Screen:
         history: History,
         space: SearchSpace,
         used: Usage,
+        pruned: Sequence[str] = (),
         command: str | None,
         verdict: str,
         folder: Path,
@@ -624,15 +684,20 @@ class Screen:
         prompts, read, written = used.prompts, used.input_tokens, used.output_tokens
         rows = [("stopped", end.reason)]
         if default:
-            rows.append(("default", energy_text(default)))
+            rows.append(("default", energy_text(default, noise(history))))
         if best and best is not default:
-            ratio = against(best, default) if default else None
-            noise = " (within noise)" if ratio and ratio.within_noise else ""
-            beside = f", {ratio_text(ratio.ratio)} the default{noise}" if ratio else ""
-            rows.append(("best", f"{energy_text(best)}{beside}, trial {best.number} by {source_text(best)}"))
+            ratio = against(best, default, noise(history)) if default else None
+            near = " (within noise)" if ratio and ratio.within_noise else ""
+            beside = f", {ratio_text(ratio.ratio)} the default{near}" if ratio else ""
+            rows.append(
+                ("best", f"{energy_text(best, noise(history))}{beside}, trial {best.number} by {source_text(best)}")
+            )
             rows.append(("changes", differences(space, best.config, space.default()) or "none"))
+            rows += [("pruned" if i == 0 else " ", sentence) for i, sentence in enumerate(pruned)]
         failed = f", {len(history.failed)} of them failed" if history.failed else ""
-        rows.append(("trials", f"{len(history.current)}{failed}"))
+        rows.append(("trials", f"{len(history.current)}{failed}{_launches(history)}"))
+        if lost := _lost_windows(history):
+            rows.append(("windows", lost))
         if prompts:
             tokens = (
                 f", {_count(read)} tokens in and {_count(written)} out"
@@ -648,11 +713,12 @@ class Screen:
         if command:
             self._stdout.print()
             self._stdout.print(Text("launch it with", "dim"))
-            self._stdout.print(Text("  ") + self._text(command, lines=True), soft_wrap=True)
+            for line in command.splitlines():
+                self._stdout.print(Text("  ") + self._text(line, lines=True), soft_wrap=True)
         self._stdout.print()
         self._stdout.print(self._text(verdict, "bold"), soft_wrap=not self._stdout.is_terminal)
 
-    def report(self, study: Study, verdict: str | None = None) -> None:
+    def report(self, study: Study, verdict: str | None = None, costs: Sequence[tuple[str, str]] = ()) -> None:
         """A whole study as a table, with what is to be doubted, and what its confirmation showed."""
         header, history = study.header, study.history
         self._facts(
@@ -671,16 +737,31 @@ class Screen:
             if study.segments:
                 self._stdout.print(Text(f"segment {segment}: not compared with the others", "bold"))
             self._stdout.print(self.trials_table(part, study.space))
-            for trial in part.trials:
-                for said in [trial.error] if trial.error else doubts_of(trial, part):
-                    self._stdout.print(Padding(self._text(f"trial {trial.number}: {said}"), (0, 0, 0, 2)))
+            if indistinguishable(part):
+                self._stdout.print(Text("~ cannot be told from the best", "dim"))
+            if part.measured:
+                self._stdout.print(self._text(f"{noise_text(noise(part))}; figures with their 95 % interval", "dim"))
+            for said in _said_of(part):
+                self._stdout.print(Padding(self._text(said), (0, 0, 0, 2)))
         if history.best:
             self._stdout.print()
             self._stdout.print(Text("where time and energy go (best)", "bold"))
-            self._facts(list(where_energy_goes(history.best).items()))
+            idle = next((t.idle for t in history.current if t.idle), None)
+            rows = list(where_energy_goes(history.best).items())
+            if idle:
+                rows.append(("idle power", idle_text(idle)))
+            if (rest := above_idle(history.best, idle)) is not None:
+                rows.append(
+                    ("energy above idle", f"{joules_text(rest)}/{unit(history.best)} (secondary, not tuned for)")
+                )
+            self._facts(rows)
         if study.ends:
             self._stdout.print()
             self._facts([("stopped", study.ends[-1].reason)])
+        if costs:
+            self._stdout.print()
+            self._stdout.print(Text("energy, money and carbon", "bold"))
+            self._facts(costs)
         if verdict:
             self._stdout.print()
             self._stdout.print(self._text(verdict, "bold"), soft_wrap=not self._stdout.is_terminal)
@@ -703,16 +784,16 @@ class Screen:
         table.add_column("doubts", width=6, justify="right")
         for trial in history.trials:
             measured = trial.joules_per_unit is not None
-            energy = f"{joules_text(trial.joules_per_unit)} {spread_text(trial)}" if measured else "failed"
+            energy = self._energy(trial, history) if measured else self._text("failed", "red")
             if measured and quality_text(trial) != label:
-                energy += f" {quality_text(trial) or 'measured'}"
+                energy.append(f" {quality_text(trial) or 'measured'}")
             count = len(doubts_of(trial, history))
             table.add_row(
                 str(trial.number),
                 self._text(source_text(trial)),
                 self._changes(changes_text(trial.config, default, trial.config)),
-                self._text(energy, "red" if not measured else "bold" if trial is history.best else ""),
-                self._ratio(trial, history.default, self._stdout),
+                energy,
+                self._ratio(trial, history, self._stdout),
                 str(count) if count else "",
             )
         return table
@@ -746,7 +827,7 @@ def _trial_columns(console: Console) -> list[tuple[int | None, JustifyMethod]]:
         (2, "right"),
         (13 if wide else 9, "left"),
         (None, "left"),
-        (24 if wide else 16, "left"),
+        (26 if wide else 16, "left"),
         (18 if wide else 12, "left"),
     ]
 
@@ -809,11 +890,40 @@ def _sentence(trial: Trial, history: History) -> str:
     what = _changes(trial, history) or "the default"
     if trial.joules_per_unit is None:
         return f"trial {trial.number} ({source_text(trial)}): {what}: failed: {trial.error or 'no window counted'}"
-    ratio = against(trial, history.default) if history.default and trial is not history.default else None
+    known, default = noise(history), history.default
+    ratio = against(trial, default, known) if default and trial is not default else None
     beside = ""
     if ratio:
         beside = f", {ratio_text(ratio.ratio)} the default" + (" (within noise)" if ratio.within_noise else "")
-    return f"trial {trial.number} ({source_text(trial)}): {what}: {energy_text(trial)}{beside}"
+    return f"trial {trial.number} ({source_text(trial)}): {what}: {energy_text(trial, known)}{beside}"
+
+
+def _said_of(history: History) -> Iterator[str]:
+    """Failures and doubts, each once with the trials that it is about, in its first wording."""
+    trials: dict[str, tuple[str, list[int]]] = {}
+    for trial in history.trials:
+        for said in [trial.error] if trial.error else doubts_of(trial, history):
+            key = re.sub(r"[\d.]+", "", said)
+            trials.setdefault(key, (said, []))[1].append(trial.number)
+    for said, numbers in trials.values():
+        if len(numbers) == 1:
+            yield f"trial {numbers[0]}: {said}"
+        else:
+            yield f"trials {', '.join(map(str, numbers))}, in the words of trial {numbers[0]}: {said}"
+
+
+def _launches(history: History) -> str:
+    repeats = sum(len(t.repeats) for t in history.current)
+    return f", and {repeats} launched again" if repeats else ""
+
+
+def _lost_windows(history: History) -> str:
+    """How many windows did not count, by cause; empty when all did."""
+    windows = [m for t in history.current for launch in (t, *t.repeats) for m in launch.measurements]
+    causes = grouped(cause for m in windows for cause in m.invalid)
+    said = "; ".join(f"{cause} ({count}x)" if count > 1 else cause for cause, count in causes.most_common(3))
+    lost = sum(not m.valid for m in windows)
+    return f"{len(windows)} measured, {lost} of them did not count: {said}" if lost else ""
 
 
 def _count(tokens: int | None) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from tuner import machine
+from tuner.control import pending
 from tuner.meters import NAMES, Availability, MeterOptions, Unavailable, probe
 from tuner.trial import MeterError
 
@@ -60,15 +61,32 @@ class Check:
     """The command that mends it, one a line; empty when nothing has to be mended."""
 
 
+NO_WALL = Check(
+    "meter wall",
+    "ok",
+    "not in use; --meter wall reads a smart plug, a PDU or a BMC through --wall-command CMD or --wall-url URL",
+    "",
+)
+
+
 def examine(options: MeterOptions) -> list[Check]:
-    """Look at everything that a study depends on. Takes about two seconds where RAPL can be read."""
-    available = {name: probe(name, options) for name in NAMES}
+    """Look at everything that a study depends on. Takes about two seconds where RAPL can be read.
+
+    A wall meter is a thing that one has or has not, and zeus is for machines that few have: without them
+    nothing is missing. zeus is looked at where it is installed.
+    """
+    unasked = {"zeus"} if importlib.util.find_spec("zeus") is None else set()
+    if options.wall is None:
+        unasked.add("wall")
+    available = {name: probe(name, options) for name in NAMES if name not in unasked}
     return [
         *(_meter(availability) for availability in available.values()),
+        *([] if "wall" in available else [NO_WALL]),
         *([second_opinion()] if available["rapl"].ok else []),
         surroundings(),
         governor(),
         load(),
+        *left_changed(),
         engine(),
         *(key(name, os.environ) for name in KEYS),
     ]
@@ -77,6 +95,11 @@ def examine(options: MeterOptions) -> list[Check]:
 def _meter(availability: Availability) -> Check:
     state: State = "ok" if availability.ok else "missing"
     return Check(f"meter {availability.name}", state, availability.reason, availability.remedy)
+
+
+def left_changed() -> list[Check]:
+    """GPU settings that a killed run left behind; nothing where there are none."""
+    return [Check("GPU settings", "warning", sentence, "tune restore") for sentence in pending()]
 
 
 # --- the second opinion ----------------------------------------------------------------------

@@ -22,7 +22,11 @@ from pathlib import Path
 
 import msgspec
 
+from tuner.control import ControlError, PowerControl, split
 from tuner.journal import JournalError, Plan
+from tuner.space import Config
+from tuner.summary import grouped
+from tuner.telemetry import Sampler
 from tuner.trial import Proposal, Target, Trial
 from tuner.worker import Job, Result
 
@@ -36,10 +40,25 @@ RELEASE_SECONDS = 30.0
 RELEASE_SLACK_BYTES = 64 << 20
 """How long, and to within what, GPU memory is waited for after an engine has ended."""
 
+COOL_CELSIUS = 2.0
+"""How much warmer than before the first trial a device may be when the next one begins."""
+
+COOL_PERIOD_SECONDS = 1.0
+
 LOG_LINES = 16
 LOG_LINE_LENGTH = 300
 
 Evaluate = Callable[[int, Proposal], Trial]
+
+
+@dataclass
+class Known:
+    """What one trial leaves for the next; launchers made from each other by `replace` share it."""
+
+    celsius: dict[str, float] | None = None
+    """Temperatures before the first trial, by gauge; None until then."""
+    idle_watts: float | None = None
+    """What the machine drew without an engine; None when it was not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +76,28 @@ class Launcher:
     report: Callable[[int, str], None] = field(default=lambda _number, _phase: None)
     """Told the trial's number and phase when a phase begins, and again at every tick."""
     log_name: str = "engine.log"
+    idle_seconds_for: Callable[[int], float] = field(default=lambda _number: 0.0)
+    """How long idle power is measured with the trial of this number, twice; 0 for not at all."""
+    known: Known = field(default_factory=Known)
+    control: PowerControl | None = None
+    """Sets GPU power and clock before each launch; the engine never sees those parameters."""
 
     def __call__(self, number: int, proposal: Proposal) -> Trial:
         started_unix, started = time.time(), time.monotonic()
         log = trial_folder(self.folder, number) / self.log_name
+        self._cool_down(number)
         used_memory = self._gpu_memory()
         with tempfile.TemporaryDirectory(prefix="tune-") as scratch:
-            outcome = self._run(number, proposal, log, Path(scratch))
+            engine, settings = split(proposal.config)
+            try:
+                if self.control is not None:
+                    self.control.apply(settings)
+                outcome = self._run(number, engine, log, Path(scratch))
+            except ControlError as error:
+                outcome = Result(error=str(error))
         self._wait_for_gpu_memory(number, used_memory)
+        if outcome.idle:
+            self.known.idle_watts = outcome.idle.machine_watts
         failed = outcome.error is not None
         return Trial(
             number=number,
@@ -78,7 +111,26 @@ class Launcher:
             load_seconds=outcome.load_seconds,
             started_unix=started_unix,
             segment=self.segment,
+            warm_up=outcome.warm_up,
+            idle=outcome.idle,
+            spent=outcome.spent,
         )
+
+    def _cool_down(self, number: int) -> None:
+        """Wait until no device is warmer than before the first trial, so that each begins like the others."""
+        if not self.plan.cool_down_seconds:
+            return
+        give_up = time.monotonic() + self.plan.cool_down_seconds
+        with contextlib.closing(Sampler(self.meters, period=None)) as sampler:
+            now = sampler.celsius()
+            if self.known.celsius is None:
+                self.known.celsius = now
+                return
+            first = self.known.celsius
+            while any(now[d] > first[d] + COOL_CELSIUS for d in now if d in first) and time.monotonic() < give_up:
+                self.report(number, "cooling down")
+                time.sleep(COOL_PERIOD_SECONDS)
+                now = sampler.celsius()
 
     def _gpu_memory(self) -> int | None:
         if "nvml" not in self.meters:
@@ -97,22 +149,25 @@ class Launcher:
             self.report(number, "waiting for GPU memory")
             time.sleep(TICK_SECONDS)
 
-    def _run(self, number: int, proposal: Proposal, log: Path, scratch: Path) -> Result:
+    def _run(self, number: int, config: Config, log: Path, scratch: Path) -> Result:
         job = scratch / "job.json"
         result = scratch / "result.json"
+        idle_seconds = self.idle_seconds_for(number)
         phases, phases_end = os.pipe()
         try:
             job.write_bytes(
                 msgspec.json.encode(
                     Job(
                         runner=str(self.runner),
-                        config=proposal.config,
+                        config=config,
                         target=self.target,
                         meters=self.meters,
                         meter_options=self.meter_options,
                         plan=self.plan,
                         result=str(result),
                         phases=phases_end,
+                        idle_seconds=idle_seconds,
+                        idle_watts=self.known.idle_watts,
                     )
                 )
             )
@@ -133,7 +188,7 @@ class Launcher:
         finally:
             os.close(phases_end)
         try:
-            phase, in_time = self._watch(worker, number, phases)
+            phase, in_time = self._watch(worker, number, phases, 2 * idle_seconds)
         finally:
             os.close(phases)
             status = end_group(worker)
@@ -150,9 +205,14 @@ class Launcher:
         lack_of_memory = out_of_memory_kills() > killed_before
         return Result(error=cause_of_death(status, phase, lack_of_memory=lack_of_memory))
 
-    def _watch(self, worker: subprocess.Popen[bytes], number: int, phases: int) -> tuple[str, bool]:
-        """Follow the worker until it exits. Returns its last phase and whether it was in time."""
-        deadline = time.monotonic() + self.plan.timeout_seconds
+    def _watch(
+        self, worker: subprocess.Popen[bytes], number: int, phases: int, idle_seconds: float
+    ) -> tuple[str, bool]:
+        """Follow the worker until it exits. Returns its last phase and whether it was in time.
+
+        The time in which the engine is told to wait is not held against it.
+        """
+        deadline = time.monotonic() + self.plan.timeout_seconds + idle_seconds
         phase = "starting"
         with selectors.DefaultSelector() as selector:
             selector.register(phases, selectors.EVENT_READ)
@@ -218,8 +278,8 @@ def _signal_group(worker: subprocess.Popen[bytes], number: signal.Signals) -> No
 def judged(result: Result) -> Result:
     """A result with no valid window is a failure, whose cause is that of its windows."""
     if result.error is None and not any(m.valid for m in result.measurements):
-        causes = "; ".join(dict.fromkeys(c for m in result.measurements for c in m.invalid))
-        return replace(result, error=f"no valid window in {len(result.measurements)}: {causes}")
+        causes = grouped(c for m in result.measurements for c in m.invalid)
+        return replace(result, error=f"no valid window in {len(result.measurements)}: {'; '.join(causes)}")
     return result
 
 

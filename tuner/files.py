@@ -11,6 +11,7 @@ prints its path before loading it.
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -95,3 +96,17 @@ def _as_runner(module: ModuleType, path: Path) -> Runner:
             f"{path}: a runner has functions space, identity, launch and command; missing: {', '.join(missing)}"
         )
     return cast("Runner", module)
+
+
+def state_folder() -> Path:
+    """Where tune keeps what outlives a study: `$TUNE_STATE`, else `tune` in the person's state folder.
+
+    A relative XDG_STATE_HOME is ignored, as its specification asks.
+    """
+    base = Path(os.environ.get("XDG_STATE_HOME", ""))
+    try:
+        if own := os.environ.get("TUNE_STATE"):
+            return Path(own).expanduser().absolute()
+        return (base if base.is_absolute() else Path.home() / ".local" / "state") / "tune"
+    except RuntimeError as error:
+        raise Refused("this user has no home folder to keep records in; export TUNE_STATE=FOLDER") from error

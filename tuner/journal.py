@@ -49,8 +49,8 @@ class Plan:
     """A trial that takes longer is ended, and has failed."""
     warm_up_seconds: tuple[float, float] | None = None
     """At least and at most so long until the engine is steady; None until the meter is known."""
-    cool_down_seconds: float = 60.0
-    """At most so long is waited between two trials for the temperature of the first one."""
+    cool_down_seconds: float | None = None
+    """At most so long is waited before a trial for the temperature of the first one; None until the meter is known."""
     most_others: float = 0.25
     """Share of all CPUs above which other processes make a window invalid; 1 leaves it to the reader."""
     launches: int = 4
@@ -86,6 +86,8 @@ class Header:
     trials: int | None = None
     time_seconds: float | None = None
     confirm_pairs: int = 0
+    prune: bool = True
+    """Whether changes that do not matter are sought once a saving is confirmed."""
     plan: Plan = Plan()
     require_measured: bool = False
     """Whether estimated energy is refused, also when the study is resumed."""
@@ -114,6 +116,7 @@ class Changes:
     time_seconds: float | None = None
     threshold: str | None = None
     confirm_pairs: int | None = None
+    prune: bool | None = None
     llm: str | None = None
     base_url: str | None = None
     template: str | None = None

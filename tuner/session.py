@@ -7,20 +7,41 @@ things: search until a goal is met, confirm the best against the default, say wh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tuner.assemble import Bench, asked, open_proposer
+from tuner.assemble import Bench, asked, open_proposer, thorough
 from tuner.checks import doubts
-from tuner.confirm import Saving, concluded, confirm, verdict
+from tuner.confirm import (
+    MOST_PRUNE_PAIRS,
+    Saving,
+    concluded,
+    confirm,
+    prune,
+    prune_pairs,
+    shortened,
+    verdict,
+)
+from tuner.control import PowerControl, commands, split
 from tuner.display import Screen
-from tuner.evaluate import Launcher, trial_folder
+from tuner.evaluate import Known, Launcher, trial_folder
 from tuner.journal import End, Header, Journal, StopKind
 from tuner.proposers.review import Review
-from tuner.study import Threshold, at_most, run_study, stopped_by_person, three_failures, within
+from tuner.repeats import Due, due
+from tuner.space import Config
+from tuner.study import Again, Threshold, at_most, run_study, stopped_by_person, three_failures, within
 from tuner.summary import seconds_text, usage
-from tuner.trial import Chat, ChatError, Decision, Goal, History, Proposer, Trial
+from tuner.trial import Chat, ChatError, Decision, Goal, History, Proposal, Proposer, Repeat, Trial
+
+GPU_IDLE_SECONDS = 10.0
+CPU_IDLE_SECONDS = 2.0
+
+
+def idle_seconds(meters: Sequence[str]) -> float:
+    """How long idle power is measured: a GPU's counter moves every 0.1 s, and its clock takes seconds to fall."""
+    return GPU_IDLE_SECONDS if "nvml" in meters else CPU_IDLE_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +54,10 @@ class Session:
     bench: Bench
     chat: Chat | None
     batch: bool
+    control: PowerControl | None = None
+    """Held around the whole session, where power and clock may be tuned."""
+    known: Known = field(default_factory=Known)
+    """What earlier launches tell later ones."""
 
     def run(self) -> tuple[End, Saving | None]:
         """Search, confirm, report. The journal holds all of it, wherever this is cut short.
@@ -42,7 +67,13 @@ class Session:
         self._introduce()
         try:
             end = run_study(
-                self.journal, self.bench.space, self._proposer(), self._launcher(), self._goals(), self._ended
+                self.journal,
+                self.bench.space,
+                self._proposer(),
+                self._launcher(),
+                self._goals(),
+                self._ended,
+                Again(owed=self._owed, launch=self._launch_again, ended=self._repeated),
             )
             found = self._confirm(end)
         except ChatError as error:
@@ -55,6 +86,21 @@ class Session:
             raise
         self._conclude(end, found)
         return end, found
+
+    def confirm(self) -> Saving | None:
+        """Nothing but the confirmation of what a study found, and what it showed."""
+        history = self.journal.study.history
+        self.screen.study_started(self.journal.folder.name, None, self._threshold(), replace(history, trials=()))
+        try:
+            found = self._confirm(End(kind="budget", reason=""))
+        except BaseException as leaving:
+            if not isinstance(leaving, Exception):
+                self.screen.close()
+                self.screen.warn(f"stopped; finished pairs are kept. Go on with `tune confirm {self.journal.folder}`")
+            raise
+        ends = self.journal.study.ends
+        self._conclude(ends[-1] if ends else End(kind="person", reason="the search was not finished"), found)
+        return found
 
     # --- before ---
 
@@ -118,6 +164,9 @@ class Session:
         return Review(proposer, self.screen.decide, self.journal.append)
 
     def _launcher(self) -> Launcher:
+        if self.known.idle_watts is None:
+            idle = next((t.idle for t in self.journal.study.history.current if t.idle), None)
+            self.known.idle_watts = idle.machine_watts if idle else None
         return Launcher(
             folder=self.journal.folder,
             runner=self.bench.runner_path,
@@ -127,7 +176,32 @@ class Session:
             plan=self.header.plan,
             segment=self.journal.study.segment,
             report=self.screen.phase,
+            idle_seconds_for=self._idle_seconds,
+            known=self.known,
+            control=self.control,
         )
+
+    def _idle_seconds(self, _number: int) -> float:
+        """Idle power is measured once, with the first trial that gets so far."""
+        if self.header.plan.fast or any(t.idle for t in self.journal.study.history.current):
+            return 0.0
+        return idle_seconds(self.bench.meters.names)
+
+    def _owed(self, history: History) -> Due | None:
+        time_is_over = self.header.time_seconds is not None and within(self.header.time_seconds)(history)
+        return None if time_is_over else due(history, self.header.plan)
+
+    def _launch_again(self, owed: Due) -> Trial:
+        trial = owed.trial
+        launcher = replace(self._launcher(), log_name=f"repeat-{len(trial.repeats) + 1}.log")
+        why = "would be the best" if owed.purpose == "contender" else "has the machine drifted?"
+        proposal = Proposal(
+            config=trial.config, source=trial.proposal.source, reason=f"trial {trial.number} again: {why}"
+        )
+        return launcher(trial.number, proposal)
+
+    def _repeated(self, repeat: Repeat, history: History) -> None:
+        self.screen.repeated(repeat, history)
 
     def _keep(self, number: int, prompt: str, reply: str | None) -> None:
         if reply is None:
@@ -137,10 +211,16 @@ class Session:
     def _ended(self, trial: Trial, history: History) -> None:
         self.screen.trial_ended(trial, history, doubts(trial, history))
         if trial is history.default and self.header.trials:
-            runs = self.header.trials - len(history.current) + 2 * self.header.confirm_pairs
+            left, plan = self.header.trials - len(history.current), self.header.plan
+            least = left + 2 * self.header.confirm_pairs
+            most = least + (left // plan.sentinel_every if plan.sentinel_every else 0) + left * (plan.launches - 1)
+            more = (
+                f", or up to {seconds_text(most * trial.seconds)} where launches are repeated" if most > least else ""
+            )
+            after = "what follows, the confirmation included," if self.header.confirm_pairs else "what follows"
             self.screen.say(
-                f"a run takes about {seconds_text(trial.seconds)}; all that may follow, the confirmation included,"
-                f" takes about {seconds_text(runs * trial.seconds)}"
+                f"a launch takes about {seconds_text(trial.seconds)}; {after} takes"
+                f" {seconds_text(least * trial.seconds)}{more}"
             )
 
     def _interrupted(self) -> None:
@@ -159,13 +239,36 @@ class Session:
         default, best, pairs = history.default, history.best, self.header.confirm_pairs
         if default is None or best is None or best.config == default.config or not pairs or end.kind == "person":
             return None
-        return confirm(
+        launcher = replace(self._launcher(), plan=thorough(self.header.plan), idle_seconds_for=lambda _number: 0.0)
+        found = confirm(
             self.journal,
-            self._launcher(),
+            launcher,
             default,
             best,
             pairs,
             lambda number: self.screen.confirming(number + 1, pairs),
+        )
+        if found is not None and found.shown and self.header.prune:
+            self._prune(launcher)
+        return found
+
+    def _prune(self, launcher: Launcher) -> None:
+        """Put back what does not matter, where this machine is quiet enough to tell."""
+        pairs = prune_pairs(self.journal.study)
+        if pairs is None:
+            return
+        if pairs > MOST_PRUNE_PAIRS:
+            self.screen.say(
+                f"all changes stay: to tell whether one of them is worth less than 1 % would take about {pairs} pairs"
+                f" at this machine's noise, and at most {MOST_PRUNE_PAIRS} are made"
+            )
+            return
+        prune(
+            self.journal,
+            launcher,
+            self.bench.space,
+            pairs,
+            lambda names, number: self.screen.pruning(names, number + 1, pairs),
         )
 
     def _verdict(self, end: End, found: Saving | None) -> str:
@@ -177,25 +280,38 @@ class Session:
             return "No saving shown: the default was not measured, so there is nothing to compare with."
         if best.config == default.config:
             return "No saving shown: no setting used less energy than the default."
+        if said := concluded(study):
+            return said
+        if self.header.plan.fast:
+            return f"Fast mode ranks and claims nothing: `tune confirm {self.journal.folder}` measures the best."
         if end.kind in ("person", "chat") or not planned:
             return verdict(None, 0, 0)
-        return concluded(study) or verdict(found, 0, planned)
+        return verdict(found, 0, planned)
 
     def _conclude(self, end: End, found: Saving | None) -> None:
         history = self.journal.study.history
         best = history.best
-        runner, target = self.bench.runner, self.header.target
+        shortest, attempts = shortened(self.journal.study)
+        config = shortest or (best.config if best else None)
         self.screen.summary(
             end=end,
             history=history,
             space=self.bench.space,
             used=usage(history),
-            command=asked(self.bench.runner_path, "command", lambda: runner.command(best.config, target))
-            if best
-            else None,
+            pruned=[attempt.sentence for attempt in attempts],
+            command=self._command(config) if config else None,
             verdict=self._verdict(end, found),
             folder=self.journal.folder,
         )
+
+    def _command(self, config: Config) -> str:
+        """What a person types to launch `config`: the GPU's settings, where they were tuned, and the engine."""
+        engine, settings = split(config)
+        changed = {name: value for name, value in settings.items() if name in self.bench.space.changes(config)}
+        boards = [fact for key, fact in self.bench.machine.items() if re.fullmatch(r"gpu\d+", key)]
+        typed = commands(changed, [board.rpartition("(")[2].rstrip(")") for board in boards])
+        launch = asked(self.bench.runner_path, "command", lambda: self.bench.runner.command(engine, self.header.target))
+        return "\n".join([*typed, launch])
 
 
 def keep_transcript(folder: Path, number: int, prompt: str, reply: str | None) -> None:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from tuner.evaluate import Evaluate
 from tuner.journal import End, Journal, Pending, StopKind
 from tuner.proposers.review import forbidden
+from tuner.repeats import Due
 from tuner.space import Refused, SearchSpace
 from tuner.summary import seconds_text
-from tuner.trial import Decision, Goal, History, Proposal, Proposer, Trial
+from tuner.trial import Decision, Goal, History, Proposal, Proposer, Repeat, Trial
 
 FAILURES_IN_A_ROW = 3
 
@@ -80,7 +81,7 @@ def within(seconds: float) -> Goal:
     """Stop when the trials have taken so long together; thinking, of people and models, does not count."""
 
     def goal(history: History) -> str | None:
-        spent = sum(t.seconds for t in history.current)
+        spent = sum(t.seconds + sum(r.seconds for r in t.repeats) for t in history.current)
         return f"the {seconds_text(seconds)} for trials are over" if spent >= seconds else None
 
     return goal
@@ -120,6 +121,17 @@ def first_reason(goals: Mapping[StopKind, Sequence[Goal]], history: History) -> 
 # --- the loop --------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class Again:
+    """How the search makes sure of what it found; without it each configuration is launched once."""
+
+    owed: Callable[[History], Due | None]
+    """What to launch again before anything else is proposed."""
+    launch: Callable[[Due], Trial]
+    ended: Callable[[Repeat, History], None]
+    """Told each repeat once it is on disk."""
+
+
 def run_study(
     journal: Journal,
     space: SearchSpace,
@@ -127,6 +139,7 @@ def run_study(
     evaluate: Evaluate,
     goals: Mapping[StopKind, Sequence[Goal]],
     ended: Callable[[Trial, History], None],
+    again: Again | None = None,
 ) -> End:
     """Run trials until a goal is met or nothing is left to try.
 
@@ -137,10 +150,12 @@ def run_study(
         evaluate: runs one configuration.
         goals: by the kind of stop that they mean.
         ended: told each trial once it is on disk.
+        again: repeats what one launch does not settle.
 
     Returns:
         Why it stopped; it is the journal's last line.
     """
+    _repeat(journal, goals, again)
     while (end := first_reason(goals, journal.study.history)) is None:
         proposal = _pending(journal) or proposer.propose(
             forbidden(space, journal.study.history.decisions), journal.study.history
@@ -158,8 +173,24 @@ def run_study(
             trial = evaluate(number, proposal)
         journal.append(trial)
         ended(trial, journal.study.history)
+        _repeat(journal, goals, again)
     journal.append(end)
     return end
+
+
+def _repeat(journal: Journal, goals: Mapping[StopKind, Sequence[Goal]], again: Again | None) -> None:
+    """Launch again what is owed, before any goal is judged by a single launch.
+
+    Not when a person stopped the study or trials keep failing: what is owed then waits for the resume.
+    """
+    urgent: dict[StopKind, Sequence[Goal]] = {kind: goals.get(kind, ()) for kind in ("person", "failures")}
+    while again is not None and first_reason(urgent, journal.study.history) is None:
+        due = again.owed(journal.study.history)
+        if due is None:
+            return
+        repeat = Repeat(trial=again.launch(due), purpose=due.purpose, after=len(journal.study.history))
+        journal.append(repeat)
+        again.ended(repeat, journal.study.history)
 
 
 def _pending(journal: Journal) -> Proposal | None:

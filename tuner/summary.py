@@ -9,9 +9,10 @@ the logarithm of a ratio has a symmetric interval.
 
 Glossary
     unit      what the engine puts out and energy is divided by: a token or an image
-    window    one measured stretch of a trial; the windows of one trial share one launch of the engine
-    spread    standard deviation between the windows of one trial over their mean
-    noise     what two trials of one configuration differ by
+    window    one measured stretch of a launch; the windows of one launch share one process
+    launch    one start of the engine with one configuration; a trial has one, or several where it mattered
+    spread    standard deviation between the windows of one launch over their mean
+    noise     standard deviation of ln(J/unit) between launches of one configuration
 """
 
 from __future__ import annotations
@@ -19,61 +20,107 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
+from tuner.intervals import CONFIDENCE, student_t, t_interval
 from tuner.space import SearchSpace, Value, show
-from tuner.trial import Exchange, History, Trial, Unit
+from tuner.trial import Exchange, History, Idle, Noise, Trial, Unit
 
-NOISE_FLOOR = 0.05
-"""No ratio closer to 1 than this (in ln) is told from noise, whatever the windows say.
+ASSUMED = Noise(sigma=0.02, degrees=0, source="assumed")
+"""What stands in until launches have been repeated or calibrated.
 
-The windows of one trial share one launch: the same memory layout, the same clocks, the same neighbours.
-They understate how far two launches of one configuration differ: by 2 % (standard deviation) on a quiet
-machine, which is 1.96 * sqrt(2) * 2 % = 5.5 % for a difference of two, and several times that on a busy one."""
+The windows of one launch share one memory layout, one clock, one set of neighbours. They understate how far
+two launches of one configuration differ: by 2 % (standard deviation) on a quiet machine."""
 
-CONFIDENCE = 0.95
+SPARK_SPAN = 0.1
+"""A sparkline shows differences of ln(J/unit) below this at less than full height."""
 
 FIT_FREEDOM = 3
 """Residual degrees of freedom from which a fit's own scatter is believed (Student's t is 3.2 there, 12.7 at 1)."""
 
 
-# --- Student's t -----------------------------------------------------------------------------
+# --- noise -----------------------------------------------------------------------------------
 
 
-def _t_probability(t: float, degrees: int) -> float:
-    """P(|T| <= t) for Student's T with integer degrees of freedom.
+def noise(history: History) -> Noise:
+    """How far two launches of one configuration lie apart, from all that is known by now.
 
-    Abramowitz and Stegun, Handbook of Mathematical Functions (1964), equations 26.7.3 (odd) and
-    26.7.4 (even): finite sums in theta = atan(t / sqrt(degrees)), exact.
+    The pooled variance of the launches that were repeated in this study and of the calibration behind it,
+    each weighted by its degrees of freedom: noise is taken to be the same share for every configuration.
+    Below `FIT_FREEDOM` degrees the assumption stands, or what was seen where that is more.
     """
-    theta = math.atan(t / math.sqrt(degrees))
-    sine, cosine = math.sin(theta), math.cos(theta)
-    odd = degrees % 2
-    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for k in range(odd, degrees - 1, 2):
-        total += term
-        term *= cosine * cosine * (k + 1) / (k + 2)
-    return 2 / math.pi * (theta + sine * total) if odd else sine * total
+    return pooled((launch_logs(trial) for trial in history.measured), history.noise)
 
 
-@lru_cache(maxsize=256)
-def student_t(probability: float, degrees: int) -> float:
-    """The quantile of Student's t: P(T <= result) = `probability`, for `probability` in [0.5, 1).
+def pooled(groups: Iterable[Sequence[float]], calibrated: Noise | None) -> Noise:
+    """`noise` from ln(J/unit) of launches that belong together, each group around a mean of its own."""
+    scatter, degrees = 0.0, 0
+    for logs in groups:
+        if len(logs) > 1:
+            scatter += statistics.variance(logs) * (len(logs) - 1)
+            degrees += len(logs) - 1
+    sources = ["the repeats of this study"] if degrees else []
+    if calibrated is not None and calibrated.degrees > 0:
+        scatter += calibrated.sigma**2 * calibrated.degrees
+        degrees += calibrated.degrees
+        sources.insert(0, calibrated.source)
+    if degrees < FIT_FREEDOM:
+        seen = math.sqrt(scatter / degrees) if degrees else 0.0
+        return ASSUMED if seen <= ASSUMED.sigma else Noise(seen, 0, sources[0])
+    return Noise(math.sqrt(scatter / degrees), degrees, " and ".join(sources))
 
-    `student_t(0.975, 4)` is the 2.776 of a two-sided 95 % interval over five values. By bisection
-    on the exact distribution; takes the place of scipy.stats, which takes 1 to 2 s to import.
+
+def launch_logs(trial: Trial) -> list[float]:
+    """ln(joules per unit) of each launch. An estimate may read 0 J; that has no logarithm."""
+    return [math.log(v) for t in trial.launches if (v := t.launch_joules_per_unit) is not None and v > 0]
+
+
+def noise_quantile(known: Noise, probability: float = (1 + CONFIDENCE) / 2) -> float:
+    """Of Student's t with the degrees of freedom behind the noise; of the normal distribution where it is assumed."""
+    return student_t(probability, known.degrees) if known.degrees else statistics.NormalDist().inv_cdf(probability)
+
+
+def told_apart(known: Noise) -> float:
+    """Two single launches that differ by less than this (in ln) cannot be told apart with 95 % confidence."""
+    return noise_quantile(known) * known.sigma * math.sqrt(2)
+
+
+def half_width(trial: Trial, known: Noise) -> float | None:
+    """Half of the 95 % interval of ln(joules per unit); None where nothing was measured.
+
+    Student's t with the degrees of freedom behind the noise. Where the noise is only assumed, the windows
+    of the launch may show that it is larger, never that it is smaller.
     """
-    if not (0.5 <= probability < 1 and degrees >= 1):
-        raise ValueError(f"expected probability in [0.5, 1) and degrees >= 1, got {probability} and {degrees}")
-    central = 2 * probability - 1
-    low, high = 0.0, 1.0
-    while _t_probability(high, degrees) < central:
-        low, high = high, high * 2
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if _t_probability(middle, degrees) < central else (low, middle)
-    return high
+    logs = launch_logs(trial)
+    if not logs:
+        return None
+    half = noise_quantile(known) * known.sigma / math.sqrt(len(logs))
+    return half if known.degrees else max(half, _window_half_width(trial))
+
+
+def interval(trial: Trial, known: Noise) -> tuple[float, float] | None:
+    """95 % interval of the joules per unit that launches of this configuration use on average.
+
+    For an estimate it holds nothing of the estimate's own range (`Trial.joules_per_unit_bounds`).
+    """
+    half = half_width(trial, known)
+    if half is None or not trial.joules_per_unit:
+        return None
+    return trial.joules_per_unit * math.exp(-half), trial.joules_per_unit * math.exp(half)
+
+
+def _window_logs(trial: Trial) -> list[float]:
+    return [math.log(v) for m in trial.valid if (v := m.joules_per_unit) is not None and v > 0]
+
+
+def _window_half_width(trial: Trial) -> float:
+    logs = _window_logs(trial)
+    if len(logs) < 2:
+        return 0.0
+    low, high = t_interval(logs)
+    return (high - low) / 2
 
 
 # --- one trial against another ---------------------------------------------------------------
@@ -81,60 +128,51 @@ def student_t(probability: float, degrees: int) -> float:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Joules per unit of one trial over those of another."""
+    """Joules per unit of one trial over those of another, with the ends of its 95 % interval."""
 
     ratio: float
-    low: float | None
-    """Lower end of the 95 % interval; None where one of the two has fewer than two windows."""
-    high: float | None
-    within_noise: bool
-    """Whether the two cannot be told apart."""
+    low: float
+    high: float
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether the two cannot be told apart."""
+        return self.low <= 1 <= self.high
 
 
-def _logs(trial: Trial) -> list[float]:
-    """ln(joules per unit) of each window that counts. An estimate may read 0 J; that has no logarithm."""
-    return [math.log(v) for m in trial.valid if (v := m.joules_per_unit) is not None and v > 0]
-
-
-def window_interval(trial: Trial) -> tuple[float, float] | None:
-    """95 % interval of the mean joules per unit, from the windows of `trial`; None below two windows.
-
-    Assumes that the logarithms of the windows are independent and near normal: Student's t. It says
-    how well this one launch was measured, not how another launch would come out (`NOISE_FLOOR`), and
-    for an estimate it holds nothing of the estimate's own range (`Trial.joules_per_unit_bounds`).
-    """
-    logs = _logs(trial)
-    if not trial.joules_per_unit or len(logs) < 2:
-        return None
-    half = student_t((1 + CONFIDENCE) / 2, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return trial.joules_per_unit * math.exp(-half), trial.joules_per_unit * math.exp(half)
-
-
-def against(trial: Trial, reference: Trial) -> Ratio | None:
+def against(trial: Trial, reference: Trial, known: Noise = ASSUMED) -> Ratio | None:
     """How many times the energy of `reference` one unit costs in `trial`.
 
-    The 95 % interval is Welch's, on logarithms (B. L. Welch, Biometrika 34, 1947, 28-35), with the
-    degrees of freedom rounded down. None where either was not measured, and across segments.
+    The interval is that of a difference of two means on logarithms, by Student's t with the noise `known`.
+    Where that is only assumed, Welch's interval over the windows counts when it is wider (B. L. Welch,
+    Biometrika 34, 1947, 28-35). None where either was not measured, and across segments.
     """
     ours, theirs = trial.joules_per_unit, reference.joules_per_unit
     if not ours or not theirs or trial.segment != reference.segment:
         return None
+    half = noise_quantile(known) * known.sigma * math.sqrt(1 / len(trial.launches) + 1 / len(reference.launches))
+    if not known.degrees:
+        half = max(half, _welch_half_width(_window_logs(trial), _window_logs(reference)))
     difference = math.log(ours / theirs)
-    half = _welch_half_width(_logs(trial), _logs(reference))
-    near = abs(difference) <= max(half or 0.0, NOISE_FLOOR)
-    if half is None:
-        return Ratio(ours / theirs, None, None, within_noise=near)
-    return Ratio(ours / theirs, math.exp(difference - half), math.exp(difference + half), within_noise=near)
+    return Ratio(ours / theirs, math.exp(difference - half), math.exp(difference + half))
 
 
-def _welch_half_width(a: Sequence[float], b: Sequence[float]) -> float | None:
+def _welch_half_width(a: Sequence[float], b: Sequence[float]) -> float:
+    """0 where one of the two has fewer than two values."""
     if len(a) < 2 or len(b) < 2:
-        return None
+        return 0.0
     of_a, of_b = statistics.variance(a) / len(a), statistics.variance(b) / len(b)
     if of_a + of_b == 0:
         return 0.0
     degrees = (of_a + of_b) ** 2 / (of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1))
     return student_t((1 + CONFIDENCE) / 2, max(math.floor(degrees), 1)) * math.sqrt(of_a + of_b)
+
+
+def indistinguishable(history: History) -> frozenset[int]:
+    """Numbers of the trials that cannot be told from the best one, itself not among them."""
+    best, known = history.best, noise(history)
+    ratios = {t.number: against(t, best, known) for t in history.measured if best and t is not best}
+    return frozenset(number for number, ratio in ratios.items() if ratio and ratio.within_noise)
 
 
 # --- what each parameter does ----------------------------------------------------------------
@@ -150,6 +188,9 @@ class Effect:
     value: Value
     ratio: float
     """Joules per unit with `value` over those with `base`."""
+    low: float
+    high: float
+    """Ends of the ratio's 95 % interval."""
     trials: int
     """Measured trials that ran with `value`."""
     within_noise: bool
@@ -159,9 +200,10 @@ class Effect:
         """`parallel 4 -> 8: 0.62x the energy (3 trials)`."""
         count = f"{self.trials} trial" if self.trials == 1 else f"{self.trials} trials"
         change = f"{self.parameter} {show(self.base)} -> {show(self.value)}"
+        figures = f"{ratio_text(self.ratio)}, 95 % CI {ratio_text(self.low)} to {ratio_text(self.high)}, {count}"
         if self.within_noise:
-            return f"{change}: no effect beyond noise ({ratio_text(self.ratio)}, {count})"
-        return f"{change}: {ratio_text(self.ratio)} the energy ({count})"
+            return f"{change}: no effect beyond noise ({figures})"
+        return f"{change}: {ratio_text(self.ratio)} the energy ({figures.partition(', ')[2]})"
 
 
 def effects(space: SearchSpace, history: History) -> list[Effect]:
@@ -184,13 +226,14 @@ def effects(space: SearchSpace, history: History) -> list[Effect]:
         return []
     rows = [[1.0, *(float(t.config.get(p.name) == value) for p, value in columns)] for t in trials]
     fit = _least_squares(rows, [math.log(t.joules_per_unit or 1.0) for t in trials])
+    known = noise(history)
     found = []
     for (parameter, value), number in zip(columns, fit.numbers[1:], strict=True):
         if number is None:
             continue
         coefficient, variance_factor = number
-        # A difference of two single trials has the variance factor 2, and NOISE_FLOOR for its margin.
-        margin = NOISE_FLOOR * math.sqrt(variance_factor / 2)
+        # A difference of two single launches has the variance factor 2.
+        margin = noise_quantile(known) * known.sigma * math.sqrt(variance_factor)
         if fit.freedom >= FIT_FREEDOM:
             quantile = student_t((1 + CONFIDENCE) / 2, fit.freedom)
             margin = max(margin, quantile * fit.residual_sd * math.sqrt(variance_factor))
@@ -200,6 +243,8 @@ def effects(space: SearchSpace, history: History) -> list[Effect]:
                 base=parameter.default,
                 value=value,
                 ratio=math.exp(coefficient),
+                low=math.exp(coefficient - margin),
+                high=math.exp(coefficient + margin),
                 trials=sum(t.config.get(parameter.name) == value for t in trials),
                 within_noise=abs(coefficient) <= margin,
             )
@@ -289,10 +334,41 @@ def where_energy_goes(trial: Trial) -> dict[str, str]:
     return said
 
 
+def above_idle(trial: Trial, idle: Idle | None) -> float | None:
+    """Joules per unit without what the idle machine would have used, over the windows of the first launch.
+
+    A secondary figure, never the objective: subtracting idle power can turn the order of two settings round.
+    None where idle power is not known, or not in the same way.
+    """
+    windows = trial.valid
+    if idle is None or not windows or trial.quality != idle.quality:
+        return None
+    rest = sum(m.joules for m in windows) - idle.machine_watts * sum(m.seconds for m in windows)
+    return rest / sum(m.work.units for m in windows)
+
+
+def idle_text(idle: Idle) -> str:
+    """`12.3 W without an engine, 45.6 W with one loaded and waiting`."""
+    label = "" if idle.quality == "measured" else f" ({idle.quality})"
+    return (
+        f"{number_text(idle.machine_watts)} W without an engine,"
+        f" {number_text(idle.loaded_watts)} W with one loaded and waiting{label}"
+    )
+
+
 def _sum(parts: Iterable[float | None]) -> float | None:
     """The sum, or None where a part is missing: a missing reading is not 0."""
     known = list(parts)
     return sum(p for p in known if p is not None) if None not in known else None
+
+
+def grouped(causes: Iterable[str]) -> Counter[str]:
+    """How often each cause was given, in its first wording: those that differ in their numbers only are one.
+
+    `1.52 of 2 CPUs` and `1.48 of 2 CPUs` are one cause; `gpu0` and `gpu1` are two.
+    """
+    wording: dict[str, str] = {}
+    return Counter(wording.setdefault(re.sub(r"(?<!\w)[\d.]+", "", cause), cause) for cause in causes)
 
 
 # --- what it cost to get here ----------------------------------------------------------------
@@ -381,14 +457,26 @@ def percent_text(share: float) -> str:
     return f"{100 * share:.0f} %" if abs(share) >= 0.0995 else f"{100 * share:.1f} %"
 
 
-def ratio_text(ratio: float) -> str:
+def ratio_text(ratio: float, decimals: int = 2) -> str:
     """`0.71x`."""
-    return f"{ratio:.2f}x"
+    return f"{ratio:.{decimals}f}x"
 
 
-def spread_text(trial: Trial) -> str:
-    """`± 2.1 %`: standard deviation between the windows; empty below two windows."""
-    return "" if trial.relative_sd is None else f"± {percent_text(trial.relative_sd)}"
+def interval_text(trial: Trial, known: Noise) -> str:
+    """`± 2.1 % (3x)`: half of the 95 % interval, and how many launches it is from where they are several."""
+    half = half_width(trial, known)
+    count = f" ({len(trial.launches)}x)" if len(trial.launches) > 1 else ""
+    return "" if half is None else f"± {percent_text(math.expm1(half))}{count}"
+
+
+def noise_text(known: Noise) -> str:
+    """Where the intervals come from, as a sentence without its full stop."""
+    sigma = percent_text(known.sigma)
+    if known.degrees:
+        return f"launches of one configuration differ by {sigma} (standard deviation, from {known.source})"
+    if known is ASSUMED:
+        return f"launches of one configuration are assumed to differ by {sigma}; `tune calibrate` measures it"
+    return f"launches of one configuration seem to differ by {sigma}; `tune calibrate` measures it"
 
 
 def quality_text(trial: Trial) -> str:
@@ -396,13 +484,17 @@ def quality_text(trial: Trial) -> str:
     return "" if trial.quality in (None, "measured") else str(trial.quality)
 
 
-def energy_text(trial: Trial) -> str:
-    """`412 mJ/token ± 2.1 % estimated`, or `failed`."""
+def energy_text(trial: Trial, known: Noise) -> str:
+    """`412 mJ/token ± 2.1 % (3x) estimated`, or `failed`."""
     if trial.joules_per_unit is None:
         return "failed"
     return " ".join(
         part
-        for part in (f"{joules_text(trial.joules_per_unit)}/{unit(trial)}", spread_text(trial), quality_text(trial))
+        for part in (
+            f"{joules_text(trial.joules_per_unit)}/{unit(trial)}",
+            interval_text(trial, known),
+            quality_text(trial),
+        )
         if part
     )
 
@@ -449,7 +541,7 @@ def sparkline(trials: Sequence[Trial]) -> str:
     logs = [math.log(t.joules_per_unit) for t in trials if t.joules_per_unit]
     low, span = (min(logs), max(logs) - min(logs)) if logs else (0.0, 0.0)
     # Differences within noise are not blown up to the full height.
-    span = max(span, 2 * NOISE_FLOOR)
+    span = max(span, SPARK_SPAN)
 
     def mark(trial: Trial) -> str:
         if not trial.joules_per_unit:

@@ -235,6 +235,8 @@ class Measurement:
     """Each domain's counter at the start and at the end, in microjoules, as it was read."""
     aligned: bool = False
     """Whether both ends were put on a tick of the slowest counter."""
+    wraps: Mapping[str, int] = field(default_factory=dict)
+    """How often a domain's counter started again at 0 inside the window; only domains whose counter did."""
     telemetry: Telemetry | None = None
     invalid: tuple[str, ...] = ()
     """The causes that make this window invalid; empty when it counts."""

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
@@ -24,10 +24,11 @@ import msgspec
 
 from tuner.files import load_runner
 from tuner.journal import Plan
-from tuner.measure import Clocks, measure
+from tuner.measure import Clocks, difference, idle_watts, measure, rewarm, warm_up
 from tuner.meters import MeterOptions, open_meter
-from tuner.space import Config, Refused, Value
-from tuner.trial import Measurement, Target
+from tuner.space import Config, Lever, Refused, Value
+from tuner.telemetry import Sampler
+from tuner.trial import Energy, Idle, Measurement, Meter, MeterError, Quality, Reading, Target, WarmUp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,10 @@ class Job:
     """Path where the result is written, at once or not at all."""
     phases: int
     """An open pipe: one line each time a phase begins."""
+    idle_seconds: float = 0.0
+    """Length of the two windows in which idle power is measured; 0 for none."""
+    idle_watts: float | None = None
+    """What the idle machine drew in an earlier trial with these meters; None when it is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,10 @@ class Result:
     measurements: tuple[Measurement, ...] = ()
     effective: Mapping[str, Value] = field(default_factory=dict)
     load_seconds: float | None = None
+    warm_up: WarmUp | None = None
+    idle: Idle | None = None
+    spent: Mapping[str, Energy] = field(default_factory=dict)
+    """Energy since the meter was opened, by domain; empty when one reading of it failed."""
     error: str | None = None
 
 
@@ -64,6 +73,9 @@ class Found:
     windows: list[Measurement] = field(default_factory=list)
     effective: Mapping[str, Value] = field(default_factory=dict)
     load_seconds: float | None = None
+    warm_up: WarmUp | None = None
+    idle: Idle | None = None
+    spent: Mapping[str, Energy] = field(default_factory=dict)
 
     def result(self, error: str | None = None) -> Result:
         """As the parent reads it. The windows of a trial that failed later are kept, and do not count."""
@@ -71,22 +83,115 @@ class Found:
         if error is not None:
             windows = [replace(w, energy={}, invalid=(*w.invalid, "the trial failed later")) for w in windows]
         return Result(
-            measurements=tuple(windows), effective=self.effective, load_seconds=self.load_seconds, error=error
+            measurements=tuple(windows),
+            effective=self.effective,
+            load_seconds=self.load_seconds,
+            warm_up=self.warm_up,
+            idle=self.idle,
+            spent=self.spent,
+            error=error,
         )
 
 
 def run(job: Job, report: Phases, found: Found) -> None:
     """Launch the engine once and measure it."""
     runner = load_runner(Path(job.runner))
-    with contextlib.closing(open_meter(job.meters, MeterOptions.from_record(job.meter_options))) as meter:
-        report("loading and warming up")
+    with (
+        contextlib.closing(open_meter(job.meters, MeterOptions.from_record(job.meter_options))) as opened,
+        contextlib.closing(Sampler(job.meters)) as sampler,
+        spending(opened, found) as meter,
+    ):
+        clocks, plan = process_clocks(), job.plan
+
+        def idle() -> float | None:
+            report("measuring idle power")
+            try:
+                return idle_watts(meter, job.idle_seconds, plan, clocks, sampler)
+            except MeterError as error:
+                sys.stderr.write(f"idle power was not measured: {error}\n")
+                return None
+
+        machine_watts = idle() if job.idle_seconds else None
+        report("loading")
         started = time.perf_counter()
         with runner.launch(job.config, job.target) as engine:
             found.load_seconds = time.perf_counter() - started
             found.effective = dict(engine.effective)
-            for window in measure(engine, meter, job.plan, process_clocks(), report):
+            found.warm_up = warm_up(engine, plan, clocks, report, sampler)
+            if machine_watts is not None:
+                loaded_watts = idle()
+                rewarm(engine, plan, clocks)
+                if loaded_watts is not None:
+                    found.idle = Idle(
+                        machine_watts=machine_watts,
+                        loaded_watts=loaded_watts,
+                        seconds=job.idle_seconds,
+                        quality=meter.quality,
+                    )
+            meter.forget_fault()
+            for window in measure(
+                engine,
+                meter,
+                plan,
+                clocks,
+                report,
+                sampler=sampler,
+                expected_units=job.target.prompts * job.target.output_tokens,
+                least_watts=job.idle_watts if machine_watts is None else machine_watts,
+            ):
                 found.windows.append(window)
             report("stopping")
+
+
+class Whole:
+    """A meter that remembers whether any of its readings failed: what a failed one left out is in no later one."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self.name: str = meter.name
+        self.quality: Quality = meter.quality
+        self.blind_to: frozenset[Lever] = meter.blind_to
+        self.update_seconds: float = meter.update_seconds
+        self.failed = False
+
+    def domains(self) -> tuple[str, ...]:
+        return self._meter.domains()
+
+    def read(self) -> dict[str, Reading]:
+        try:
+            return self._meter.read()
+        except MeterError:
+            self.failed = True
+            raise
+
+    @property
+    def wraps(self) -> Mapping[str, int]:
+        """How often each counter has started again at 0; nothing where the meter has none that do."""
+        return getattr(self._meter, "wraps", {})
+
+    def forget_fault(self) -> None:
+        """Read once, so that what went wrong while the engine was loading is not held against a window."""
+        with contextlib.suppress(MeterError):
+            self.read()
+
+    def close(self) -> None:
+        self._meter.close()
+
+
+@contextlib.contextmanager
+def spending(meter: Meter, found: Found) -> Iterator[Whole]:
+    """Add up what is used from here on, also when the engine fails meanwhile."""
+    whole = Whole(meter)
+    first: Mapping[str, Reading] = {}
+    with contextlib.suppress(MeterError):
+        first = whole.read()
+    try:
+        yield whole
+    finally:
+        with contextlib.suppress(MeterError):
+            last = whole.read()
+            if not whole.failed:
+                found.spent = difference(first, last)
 
 
 def process_clocks() -> Clocks:

@@ -13,7 +13,7 @@ from tuner.trial import Work
 
 DEATHS = ("segv", "kill", "abort", "exit", "child")
 WAITS = ("hang", "hang-loading", "parent")
-FAULTS = ("raise", "refuse", "memory", "log", "late", "nothing", "nan")
+FAULTS = ("raise", "refuse", "memory", "log", "late", "nothing", "nan", "short")
 MODES = ("ok", *FAULTS, *DEATHS, *WAITS)
 
 
@@ -56,7 +56,8 @@ class Engine:
         self.passes += 1
         if self.config["mode"] == "late" and self.passes > 3:
             raise RuntimeError("the engine tired")
-        units = 0 if self.config["mode"] == "nothing" else self.target.prompts * self.target.output_tokens
+        units = self.target.prompts * self.target.output_tokens - (self.config["mode"] == "short")
+        units = 0 if self.config["mode"] == "nothing" else units
         seconds = (float("nan"),) if self.config["mode"] == "nan" else ()
         return Work(units=units, prompt_tokens=self.target.prompts, request_seconds=seconds)
 

@@ -7,6 +7,11 @@ that is read anew at every call, so that a test can pull a GPU out in the middle
         "uuid": "GPU-...", "name": "NVIDIA H100", "pci": [0, 1, 0], "mig": 0,
         "watts": 100, "millijoules": 5000, "errors": {"nvmlDeviceGetTotalEnergyConsumption": 15}}]}
 
+`TUNE_FAKE_NVML_STATE` names the file in which a power limit or a locked clock that was set is kept, like in a
+driver, whatever happens to the process that set it. Facts for these, in W and MHz: `limit`, `default_limit`,
+`limit_range`, `sm_clocks`, `application_clock`; `enforces` caps what the board enforces, `deaf` makes it take
+settings without doing anything, `slow_seconds` lets it take its time over them.
+
 Without it there is one GPU of 100 W. A counter stands at `millijoules` plus `watts` since boot, like the
 real one, which counts since the driver was loaded.
 """
@@ -20,6 +25,11 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+
+NVML_TEMPERATURE_GPU = 0
+NVML_CLOCK_GRAPHICS = 0
+NVML_CLOCK_SM = 1
+NVML_CLOCK_MEM = 2
 
 NVML_ERROR_UNINITIALIZED = 1
 NVML_ERROR_INVALID_ARGUMENT = 2
@@ -152,6 +162,85 @@ def nvmlDeviceGetMigMode(handle):
     return [mode, mode]
 
 
+def _known(handle, function, key, default=None):
+    """A fact of the board; NotSupported where the state names none."""
+    value = _gpu(handle, function).get(key, default)
+    if value is None:
+        raise NVMLError(NVML_ERROR_NOT_SUPPORTED)
+    return value
+
+
+def nvmlSystemGetCudaDriverVersion():
+    """1000 x major + 10 x minor."""
+    return _config().get("cuda", 13000)
+
+
+def nvmlDeviceGetVbiosVersion(handle):
+    return _known(handle, "nvmlDeviceGetVbiosVersion", "vbios")
+
+
+def nvmlDeviceGetEccMode(handle):
+    mode = _known(handle, "nvmlDeviceGetEccMode", "ecc")
+    return [mode, mode]
+
+
+def nvmlDeviceGetPersistenceMode(handle):
+    return _known(handle, "nvmlDeviceGetPersistenceMode", "persistence")
+
+
+def nvmlDeviceGetTemperature(handle, sensor):
+    return _known(handle, "nvmlDeviceGetTemperature", "celsius")
+
+
+def nvmlDeviceGetClockInfo(handle, clock):
+    """MHz."""
+    locked = _set(handle).get("locked_mhz")
+    if locked and clock == NVML_CLOCK_SM and _gpu(handle, "nvmlDeviceGetClockInfo"):
+        return locked[1]
+    return _known(handle, "nvmlDeviceGetClockInfo", {NVML_CLOCK_SM: "sm_mhz", NVML_CLOCK_MEM: "memory_mhz"}[clock])
+
+
+def nvmlDeviceGetPowerUsage(handle):
+    """Milliwatts."""
+    gpu = _gpu(handle, "nvmlDeviceGetPowerUsage")
+    return int(1000 * gpu.get("watts", 0))
+
+
+def nvmlDeviceGetUtilizationRates(handle):
+    """Per cent."""
+    return SimpleNamespace(gpu=_known(handle, "nvmlDeviceGetUtilizationRates", "utilization"), memory=0)
+
+
+def nvmlDeviceGetCurrentClocksEventReasons(handle):
+    return _known(handle, "nvmlDeviceGetCurrentClocksEventReasons", "reasons")
+
+
+def nvmlDeviceGetCurrentClocksThrottleReasons(handle):
+    return _known(handle, "nvmlDeviceGetCurrentClocksThrottleReasons", "old_reasons")
+
+
+def nvmlDeviceGetComputeRunningProcesses(handle):
+    pids = _gpu(handle, "nvmlDeviceGetComputeRunningProcesses").get("processes", [])
+    return [SimpleNamespace(pid=pid, usedGpuMemory=None) for pid in pids]
+
+
+def nvmlDeviceGetGraphicsRunningProcesses(handle):
+    pids = _gpu(handle, "nvmlDeviceGetGraphicsRunningProcesses").get("graphics", [])
+    return [SimpleNamespace(pid=pid, usedGpuMemory=None) for pid in pids]
+
+
+def nvmlDeviceGetEnforcedPowerLimit(handle):
+    """Milliwatts; `limit` and `enforces` in the state are in watts."""
+    gpu = _gpu(handle, "nvmlDeviceGetEnforcedPowerLimit")
+    limit = _limit_milliwatts(handle, "nvmlDeviceGetEnforcedPowerLimit")
+    return min(limit, int(1000 * gpu.get("enforces", 1e6)))
+
+
+def nvmlDeviceGetPowerManagementDefaultLimit(handle):
+    """Milliwatts; `default_limit` in the state is in watts."""
+    return int(1000 * _known(handle, "nvmlDeviceGetPowerManagementDefaultLimit", "default_limit"))
+
+
 def nvmlDeviceGetTotalEnergyConsumption(handle):
     """Millijoules since some moment before this process began."""
     gpu = _gpu(handle, "nvmlDeviceGetTotalEnergyConsumption")
@@ -163,3 +252,81 @@ def nvmlDeviceGetMemoryInfo(handle):
     gpu = _gpu(handle, "nvmlDeviceGetMemoryInfo")
     used = gpu.get("used_memory", 0)
     return SimpleNamespace(total=80 << 30, used=used, free=(80 << 30) - used)
+
+
+# --- what can be set: kept in a file of its own, which outlives the process that set it ---
+
+
+def _state():
+    path = os.environ.get("TUNE_FAKE_NVML_STATE")
+    return json.loads(Path(path).read_text()) if path and Path(path).exists() else {}
+
+
+def _set(handle):
+    return _state().get(handle, {})
+
+
+def _keep(handle, function, **changes):
+    """A change takes place at once or not at all; `calls` counts how often anything was set."""
+    time.sleep(_gpu(handle, function).get("slow_seconds", 0))
+    state = _state()
+    own = state.setdefault(handle, {})
+    own.setdefault("calls", {})[function] = own.setdefault("calls", {}).get(function, 0) + 1
+    if not _gpu(handle, function).get("deaf"):
+        own |= changes
+    path = Path(os.environ["TUNE_FAKE_NVML_STATE"])
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(state))
+    part.replace(path)
+
+
+def _limit_milliwatts(handle, function):
+    return _set(handle).get("limit_mw") or int(1000 * _known(handle, function, "limit"))
+
+
+def nvmlDeviceGetPowerManagementLimit(handle):
+    """Milliwatts."""
+    return _limit_milliwatts(handle, "nvmlDeviceGetPowerManagementLimit")
+
+
+def nvmlDeviceGetPowerManagementLimitConstraints(handle):
+    """Least and largest, in milliwatts."""
+    limits = _known(handle, "nvmlDeviceGetPowerManagementLimitConstraints", "limit_range")
+    return [int(1000 * watts) for watts in limits]
+
+
+def nvmlDeviceSetPowerManagementLimit(handle, limit):
+    least, largest = nvmlDeviceGetPowerManagementLimitConstraints(handle)
+    _gpu(handle, "nvmlDeviceSetPowerManagementLimit")
+    if not least <= limit <= largest:
+        raise NVMLError(NVML_ERROR_INVALID_ARGUMENT)
+    _keep(handle, "nvmlDeviceSetPowerManagementLimit", limit_mw=limit)
+
+
+def nvmlDeviceGetSupportedMemoryClocks(handle):
+    """MHz, largest first."""
+    return _known(handle, "nvmlDeviceGetSupportedMemoryClocks", "memory_clocks", [2619, 1593])
+
+
+def nvmlDeviceGetSupportedGraphicsClocks(handle, memory_clock):
+    """MHz, largest first; the slower memory clock has one only."""
+    clocks = _known(handle, "nvmlDeviceGetSupportedGraphicsClocks", "sm_clocks")
+    return clocks if memory_clock == nvmlDeviceGetSupportedMemoryClocks(handle)[0] else clocks[-1:]
+
+
+def nvmlDeviceGetApplicationsClock(handle, clock):
+    return _known(handle, "nvmlDeviceGetApplicationsClock", "application_clock")
+
+
+def nvmlDeviceGetDefaultApplicationsClock(handle, clock):
+    return _known(handle, "nvmlDeviceGetDefaultApplicationsClock", "default_application_clock")
+
+
+def nvmlDeviceSetGpuLockedClocks(handle, least, largest):
+    _gpu(handle, "nvmlDeviceSetGpuLockedClocks")
+    _keep(handle, "nvmlDeviceSetGpuLockedClocks", locked_mhz=[least, largest])
+
+
+def nvmlDeviceResetGpuLockedClocks(handle):
+    _gpu(handle, "nvmlDeviceResetGpuLockedClocks")
+    _keep(handle, "nvmlDeviceResetGpuLockedClocks", locked_mhz=None)

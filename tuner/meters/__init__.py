@@ -2,6 +2,8 @@
 
     nvml      NVIDIA GPUs: the driver's total-energy counter
     rapl      CPU packages and their memory: the kernel's powercap counters
+    zeus      AMD GPUs, Apple Silicon, Jetson: what the package `zeus` reads there
+    wall      the whole machine: a plug, PDU or BMC that a command or an address reads
     estimate  no counter at all: CPU time x a power range, always an interval
 
 A meter is probed and chosen once, by whoever plans a study, and opened in each worker. What is taken
@@ -9,8 +11,9 @@ and what is missing is said in one line, and a meter that was named is never rep
 Importing this package imports none of the meters.
 
 Glossary
-    domain     one counter: `gpu0`, `cpu0`, `dram0`, or `cpu` for the estimate
-    measured   every domain is a hardware counter; the boundary is the board or the package, not the wall
+    domain     one counter: `gpu0`, `cpu0`, `dram0`, `soc0`, `wall0`, or `cpu` for the estimate
+    measured   every domain is a hardware counter; its boundary is that of its domain
+    sampled    power was read now and then and added up, or the counter is the vendor's own model
 """
 
 from __future__ import annotations
@@ -19,17 +22,22 @@ import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Self
 
 from tuner.space import Lever, Refused, closest, excerpt
 from tuner.trial import QUALITIES, Meter, MeterError, Quality, Reading
 
-NAMES = ("nvml", "rapl", "estimate")
-SPECS = ("auto", "nvml", "rapl", "nvml+rapl", "estimate")
+if TYPE_CHECKING:
+    from tuner.meters.wall import WallSource
 
-UNSEEN = {"nvml": "GPU", "rapl": "CPU"}
-"""Whose energy is missing when this meter is."""
+NAMES = ("nvml", "rapl", "zeus", "wall", "estimate")
+SPECS = ("auto", "nvml", "rapl", "nvml+rapl", "zeus", "rapl+zeus", "wall", "estimate")
+
+Processor = Literal["cpu", "gpu"]
+
+COUNTED_IN: dict[Processor, tuple[str, ...]] = {"cpu": ("cpu", "soc", "wall"), "gpu": ("gpu", "soc", "wall")}
+"""How the domains begin that hold a processor's energy."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,8 @@ class Availability:
     """What was found, or what stands in the way; a sentence without its full stop."""
     remedy: str
     """The command that mends it, one a line; empty when nothing has to be mended."""
+    how: str = ""
+    """What follows the quality in a sentence, where that word alone says too little: `every 1 s`."""
 
 
 class Unavailable(Exception):
@@ -62,6 +72,8 @@ class MeterOptions:
 
     cpu_watts: tuple[float, float] | None = None
     """Power of all CPU packages together at full load, in watts: the range that the estimate uses."""
+    wall: WallSource | None = None
+    """Where the wall meter is read; None unless it is the one that is used."""
 
     def __post_init__(self) -> None:
         if self.cpu_watts is None:
@@ -71,37 +83,84 @@ class MeterOptions:
             raise Refused(f"--cpu-watts {low:g}..{high:g}: expected watts with 0 < low <= high, such as 15..65")
 
     @classmethod
-    def parse(cls, cpu_watts: str | None = None) -> Self:
-        """From the command line: `15..65`, or one number where it is known exactly."""
-        if cpu_watts is None:
-            return cls()
-        found = re.fullmatch(r"([0-9.]+?)(?:\.\.([0-9.]+))?", cpu_watts.strip())
-        try:
-            if found is None:
-                raise ValueError
-            low = float(found[1])
-            high = low if found[2] is None else float(found[2])
-        except ValueError:
-            raise Refused(f"--cpu-watts {excerpt(cpu_watts)}: expected LOW..HIGH in watts, such as 15..65") from None
-        return cls(cpu_watts=(low, high))
+    def parse(
+        cls,
+        cpu_watts: str | None = None,
+        *,
+        wall_command: str | None = None,
+        wall_url: str | None = None,
+        wall_unit: str | None = None,
+        wall_field: str | None = None,
+        wall_interval: float | None = None,
+    ) -> Self:
+        """From the command line.
+
+        Args:
+            cpu_watts: `15..65`, or one number where it is known exactly.
+            wall_command: see `WallSource` for this and the following.
+            wall_url: an HTTP address, in place of the command.
+            wall_unit: of a number without one.
+            wall_field: which number, where there are several.
+            wall_interval: seconds between two samples; one second when left out.
+
+        Raises:
+            Refused: for a value that cannot be meant, and for a wall option without command and address.
+        """
+        return cls(
+            cpu_watts=None if cpu_watts is None else _watts(cpu_watts),
+            wall=_wall(wall_command, wall_url, wall_unit, wall_field, wall_interval),
+        )
 
     def record(self) -> dict[str, object]:
-        """Plain JSON values; `from_record` is the way back."""
-        return {"cpu_watts": None if self.cpu_watts is None else list(self.cpu_watts)}
+        """Plain JSON values; `from_record` is the way back. No wall, no key: other versions can read it."""
+        watts = None if self.cpu_watts is None else list(self.cpu_watts)
+        return {"cpu_watts": watts} | ({} if self.wall is None else {"wall": self.wall.record()})
 
     @classmethod
     def from_record(cls, record: Mapping[str, object]) -> Self:
         """From a study's header. An option this version does not know is refused, not ignored."""
-        unknown = sorted(set(record) - {"cpu_watts"})
+        unknown = sorted(set(record) - {"cpu_watts", "wall"})
         if unknown:
-            raise Refused(f"meter option {excerpt(unknown[0])}: expected cpu_watts; was it written by a newer tune?")
+            raise Refused(
+                f"meter option {excerpt(unknown[0])}: expected cpu_watts or wall; was it written by a newer tune?"
+            )
+        wall = None
+        if record.get("wall") is not None:
+            from tuner.meters.wall import WallSource
+
+            wall = WallSource.from_record(record["wall"])
         watts = record.get("cpu_watts")
         match watts:
             case None:
-                return cls()
+                return cls(wall=wall)
             case [int() | float() as low, int() | float() as high]:
-                return cls(cpu_watts=(float(low), float(high)))
+                return cls(cpu_watts=(float(low), float(high)), wall=wall)
         raise Refused(f"meter option cpu_watts={excerpt(watts)}: expected two numbers of watts")
+
+
+def _watts(text: str) -> tuple[float, float]:
+    found = re.fullmatch(r"([0-9.]+?)(?:\.\.([0-9.]+))?", text.strip())
+    try:
+        if found is None:
+            raise ValueError
+        low = float(found[1])
+        return low, low if found[2] is None else float(found[2])
+    except ValueError:
+        raise Refused(f"--cpu-watts {excerpt(text)}: expected LOW..HIGH in watts, such as 15..65") from None
+
+
+def _wall(
+    command: str | None, url: str | None, unit: str | None, field: str | None, interval: float | None
+) -> WallSource | None:
+    if command is None and url is None:
+        for option, value in (("unit", unit), ("field", field), ("interval", interval)):
+            if value is not None:
+                raise Refused(f"--wall-{option}: it goes with --wall-command CMD or --wall-url URL")
+        return None
+    from tuner.meters.wall import WallSource
+
+    source = WallSource(command=command, url=url, unit=unit, field=field)
+    return source if interval is None else replace(source, interval_seconds=interval)
 
 
 @dataclass(frozen=True)
@@ -127,6 +186,14 @@ def probe(name: str, options: MeterOptions) -> Availability:
             from tuner.meters import rapl
 
             return rapl.probe()
+        case "zeus":
+            from tuner.meters import zeus
+
+            return zeus.probe()
+        case "wall":
+            from tuner.meters import wall
+
+            return wall.probe(options.wall)
         case "estimate":
             from tuner.meters import estimate
 
@@ -138,18 +205,24 @@ def choose(spec: str, options: MeterOptions, *, require_measured: bool) -> Meter
     """The meters that `--meter SPEC` means on this machine.
 
     Args:
-        spec: `auto` takes every counter that can be read and the estimate when there is none; any
-            other value is taken as it stands.
+        spec: `auto` takes every counter that can be read (nvml, rapl) and the estimate when there is none;
+            any other value is taken as it stands. `wall` and `zeus` are only ever taken by name: what they
+            see is for a person to say.
         options: see `MeterOptions`.
         require_measured: refuse the estimate.
 
     Raises:
-        Refused: for an unknown meter, for a named one that cannot be read, and for an estimate where
-            a measurement is required. The message holds the command that mends it.
+        Refused: for an unknown meter, for a named one that cannot be read, for an estimate where a
+            measurement is required, and for wall options beside another meter. The message holds the
+            command that mends it.
     """
     names = tuple(sorted(spec.split("+"), key=_rank))
+    if "wall" in names and len(names) > 1:
+        raise Refused(f"--meter {excerpt(spec)}: the wall holds what the others count; name it alone: --meter wall")
     if "+".join(names) not in SPECS:
         raise _unknown(spec, SPECS)
+    if options.wall is not None and names != ("wall",):
+        raise Refused(f"{options.wall.option}: it goes with --meter wall, not with --meter {spec}")
     if names == ("estimate",) and require_measured:
         raise Refused("--meter estimate: an estimate is no measurement; leave out --require-measured or name a counter")
     counters = ("nvml", "rapl")
@@ -165,10 +238,17 @@ def choose(spec: str, options: MeterOptions, *, require_measured: bool) -> Meter
                 raise Refused(_refusal(availability))
         if names == ("estimate",):
             return _choice(taken, f"meter: estimate ({taken[0].reason}). Numbers are estimated, see `tune doctor`.")
-        missing = [f"{UNSEEN[name]} energy is not counted" for name in counters if name not in names]
-    domains = ", ".join(d for a in taken for d in a.domains)
+        domains = [d for a in taken for d in a.domains]
+        missing = [f"{p.upper()} energy is not counted" for p in COUNTED_IN if not counts(domains, p)]
+    choice = _choice(taken, "")
+    how = " ".join((choice.quality, *(a.how for a in taken if a.how)))
     without = f"; {'; '.join(missing)}" if missing else ""
-    return _choice(taken, f"meter: {'+'.join(a.name for a in taken)} ({domains}), measured{without}.")
+    return replace(choice, sentence=f"meter: {'+'.join(choice.names)} ({', '.join(choice.domains)}), {how}{without}.")
+
+
+def counts(domains: Sequence[str], processor: Processor) -> bool:
+    """Whether the energy of this kind of processor is in one of these domains."""
+    return any(domain.startswith(COUNTED_IN[processor]) for domain in domains)
 
 
 def open_meter(names: Sequence[str], options: MeterOptions) -> Meter:
@@ -180,7 +260,7 @@ def open_meter(names: Sequence[str], options: MeterOptions) -> Meter:
         Refused: for a name that is no meter.
         MeterError: when a meter that was chosen can no longer be read.
     """
-    if not names or set(names) - set(NAMES):
+    if not names or set(names) - set(NAMES) or ("wall" in names and len(names) > 1):
         raise _unknown("+".join(names), SPECS[1:])
     with contextlib.ExitStack() as opened:
         parts: list[Meter] = []
@@ -202,7 +282,7 @@ class Together:
         self._parts = tuple(parts)
         self.name = "+".join(p.name for p in parts)
         self.quality: Quality = max((p.quality for p in parts), key=QUALITIES.index)
-        self.blind_to = blind_to([p.name for p in parts])
+        self.blind_to = blind_to([p.name for p in parts], self.domains())
         self.update_seconds = max(p.update_seconds for p in parts)
 
     def domains(self) -> tuple[str, ...]:
@@ -217,8 +297,8 @@ class Together:
                 closing.callback(part.close)
 
 
-def blind_to(names: Sequence[str]) -> frozenset[Lever]:
-    """The levers whose effect these meters cannot see together.
+def blind_to(names: Sequence[str], domains: Sequence[str]) -> frozenset[Lever]:
+    """The levers whose effect these meters cannot see together, with the domains that they have.
 
     Offloading moves energy from one device to the other, so whoever counts only one of them sees a
     saving that is none. CPU time is the same at any clock and under any power limit, so an estimate
@@ -226,7 +306,7 @@ def blind_to(names: Sequence[str]) -> frozenset[Lever]:
     """
     if "estimate" in names:
         return frozenset({"offload", "clock", "power"})
-    return frozenset() if {"nvml", "rapl"} <= set(names) else frozenset({"offload"})
+    return frozenset() if all(counts(domains, p) for p in COUNTED_IN) else frozenset({"offload"})
 
 
 def _open(name: str, options: MeterOptions) -> Meter:
@@ -239,6 +319,14 @@ def _open(name: str, options: MeterOptions) -> Meter:
             from tuner.meters.rapl import RaplMeter
 
             return RaplMeter()
+        case "zeus":
+            from tuner.meters.zeus import ZeusMeter
+
+            return ZeusMeter()
+        case "wall":
+            from tuner.meters.wall import WallMeter
+
+            return WallMeter(options.wall)
     from tuner.meters.estimate import EstimateMeter
 
     return EstimateMeter(options)
@@ -259,12 +347,12 @@ def _fall_back(found: Sequence[Availability], options: MeterOptions, *, require_
 
 
 def _choice(taken: Sequence[Availability], sentence: str) -> MeterChoice:
-    names = tuple(a.name for a in taken)
+    names, domains = tuple(a.name for a in taken), tuple(d for a in taken for d in a.domains)
     return MeterChoice(
         names=names,
         quality=max((a.quality for a in taken), key=QUALITIES.index),
-        blind_to=blind_to(names),
-        domains=tuple(d for a in taken for d in a.domains),
+        blind_to=blind_to(names, domains),
+        domains=domains,
         sentence=sentence,
     )
 

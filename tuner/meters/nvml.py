@@ -16,7 +16,7 @@ import contextlib
 import importlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -131,6 +131,13 @@ class NvmlMeter:
             raise fault
         return {domain: Reading.exact(total) for domain, total in self._total.items()}
 
+    def watts(self) -> dict[str, float]:
+        """What each board says it draws; on most of them an average over the last second. Raises `MeterError`."""
+        try:
+            return {d: self._nvml.nvmlDeviceGetPowerUsage(handle) / 1000 for d, handle in self._handles.items()}
+        except self._nvml.NVMLError as error:
+            raise MeterError(f"GPU power: {_meaning(self._nvml, error)[0]}") from error
+
     def used_memory_bytes(self) -> int:
         """Memory in use on all boards, whoever uses it."""
         try:
@@ -146,6 +153,98 @@ class NvmlMeter:
 
     def _millijoules(self, handle: Any) -> int:
         return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
+
+
+GAUGES: dict[str, tuple[str, tuple[str, ...], Callable[[Any], float]]] = {
+    "celsius": ("nvmlDeviceGetTemperature", ("NVML_TEMPERATURE_GPU",), float),
+    "sm_mhz": ("nvmlDeviceGetClockInfo", ("NVML_CLOCK_SM",), float),
+    "memory_mhz": ("nvmlDeviceGetClockInfo", ("NVML_CLOCK_MEM",), float),
+    "watts": ("nvmlDeviceGetPowerUsage", (), lambda milliwatts: float(milliwatts) / 1000),
+    "busy": ("nvmlDeviceGetUtilizationRates", (), lambda rates: float(rates.gpu) / 100),
+}
+"""Name of a gauge, the function that reads it, the constants it takes, and its value in the gauge's unit."""
+
+REASONS: dict[int, str] = {
+    0x001: "idle",
+    0x002: "applications clock setting",
+    0x004: "software power cap",
+    0x008: "hardware slowdown",
+    0x010: "sync boost",
+    0x020: "software thermal slowdown",
+    0x040: "hardware thermal slowdown",
+    0x080: "hardware power brake",
+    0x100: "display clock setting",
+}
+"""Why a GPU runs at the clock it runs at: bits of `nvmlDeviceGetCurrentClocksEventReasons` (nvml.h)."""
+
+SLOWDOWNS = frozenset(REASONS[bit] for bit in (0x008, 0x020, 0x040, 0x080))
+"""Reasons that come from heat or from the power supply: not asked for by anybody, and not the same the next time.
+
+A power cap is none of them: it is a setting, the same for every trial, and what is tuned may be just that.
+"""
+
+
+class Gauges:
+    """What the visible GPUs say of themselves beside their energy. Raises `Unavailable` when it is made.
+
+    Afterwards nothing raises: a gauge that a board lacks is not asked again, one that fails is absent that once.
+    """
+
+    def __init__(self) -> None:
+        self._meter = NvmlMeter()
+        self._lacking: set[tuple[str, str, tuple[int, ...]]] = set()
+
+    def read(self, gauges: Sequence[str] = tuple(GAUGES)) -> dict[str, float]:
+        """`gpu0_celsius`, `gpu0_sm_mhz`, `gpu0_memory_mhz`, `gpu0_watts`, `gpu0_busy` (a share) of every board."""
+        found = {}
+        for domain in self._meter.domains():
+            for gauge in gauges:
+                function, constants, unit = GAUGES[gauge]
+                value = self._ask(domain, function, *(getattr(self._meter._nvml, name) for name in constants))
+                if value is not None:
+                    found[f"{domain}_{gauge}"] = unit(value)
+        return found
+
+    def reasons(self) -> list[tuple[str, str]]:
+        """Domain and reason, for everything that holds a GPU's clock where it is now."""
+        found = []
+        for domain in self._meter.domains():
+            bits = self._ask(domain, "nvmlDeviceGetCurrentClocksEventReasons")
+            if bits is None:
+                # The name it had before driver 535 (NVML change log).
+                bits = self._ask(domain, "nvmlDeviceGetCurrentClocksThrottleReasons")
+            found += [(domain, reason) for bit, reason in REASONS.items() if (bits or 0) & bit]
+        return found
+
+    def limit_watts(self) -> dict[str, float]:
+        """The power limit that each board keeps to now; absent where it does not say."""
+        limits = {d: self._ask(d, "nvmlDeviceGetEnforcedPowerLimit") for d in self._meter.domains()}
+        return {domain: milliwatts / 1000 for domain, milliwatts in limits.items() if milliwatts is not None}
+
+    def processes(self) -> set[tuple[str, int]]:
+        """Domain and process id of whoever computes or draws on a board, in the driver's numbering."""
+        return {
+            (domain, int(process.pid))
+            for domain in self._meter.domains()
+            for function in ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses")
+            for process in self._ask(domain, function) or ()
+        }
+
+    def close(self) -> None:
+        self._meter.close()
+
+    def _ask(self, domain: str, function: str, *arguments: int) -> Any:
+        """What the driver answers, or None."""
+        if (domain, function, arguments) in self._lacking:
+            return None
+        nvml = self._meter._nvml
+        try:
+            return getattr(nvml, function)(self._meter._handles[domain], *arguments)
+        except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
+            self._lacking.add((domain, function, arguments))
+        except nvml.NVMLError:
+            pass
+        return None
 
 
 def boards() -> dict[str, str]:

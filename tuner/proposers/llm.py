@@ -18,8 +18,9 @@ from pathlib import Path
 
 from tuner import summary
 from tuner.proposers.answer import Answer, answer_form, answer_schema, read_answer
+from tuner.repeats import drifts
 from tuner.space import Config, Refused, SearchSpace, show
-from tuner.trial import Chat, Decision, Exchange, History, Lost, Message, Proposal, Proposer, Trial, Unit
+from tuner.trial import Chat, Decision, Exchange, History, Lost, Message, Noise, Proposal, Proposer, Trial, Unit
 
 REFUSALS = 3
 """How often an answer is sent back before a classical proposal takes its place."""
@@ -122,7 +123,11 @@ class Llm:
         config = space.complete(answer.changes)
         known = history.find(config)
         if known is not None:
-            outcome = f"failed: {known.error}" if known.joules_per_unit is None else summary.energy_text(known)
+            outcome = (
+                f"failed: {known.error}"
+                if known.joules_per_unit is None
+                else summary.energy_text(known, summary.noise(history))
+            )
             raise Refused(
                 f"this configuration was already trial {known.number} ({outcome});"
                 " propose one that is not in the results"
@@ -253,16 +258,21 @@ class View:
         }
 
     def _history(self, space: SearchSpace, history: History) -> dict[str, object]:
-        best, default = history.best, history.default
+        best, default, known = history.best, history.default, summary.noise(history)
+        drifted = {n for s in drifts(history) for n in range(s.first, s.last + 1)}
+
+        def row(trial: Trial) -> dict[str, object]:
+            return {**self._row(space, trial, history, known), "drifted": trial.number in drifted}
+
         ranked = sorted(history.measured, key=lambda t: (t.joules_per_unit or 0.0, t.number))
         return {
             "trials": len(history.current),
             "next_trial": len(history),
             "prompts": len(summary.exchanges(replace(history, trials=history.current))),
-            "default": self._row(space, default, default) if default else None,
-            "best": self._row(space, best, default) if best else None,
-            "last": self._row(space, history.current[-1], default) if history.current else None,
-            "results": [self._row(space, t, default, best) for t in ranked[:BEST_SHOWN]],
+            "default": row(default) if default else None,
+            "best": row(best) if best else None,
+            "last": row(history.current[-1]) if history.current else None,
+            "results": [row(t) for t in ranked[:BEST_SHOWN]],
             "results_left_out": max(len(ranked) - BEST_SHOWN, 0),
             "failures": [
                 {
@@ -273,27 +283,30 @@ class View:
                 }
                 for t in history.failed[-FAILURES_SHOWN:]
             ],
+            "noise": summary.noise_text(known),
             "effects": [e.sentence for e in summary.effects(space, history)],
             "energy": dict(summary.where_energy_goes(best)) if best else {},
             "remarks": [remark_view(space, d) for d in history.decisions if told(d)],
             "new_remarks": [remark_view(space, d) for d in untold(history)],
         }
 
-    def _row(
-        self, space: SearchSpace, trial: Trial, default: Trial | None, best: Trial | None = None
-    ) -> dict[str, object]:
-        ratio = summary.against(trial, default) if default else None
-        beside = summary.against(trial, best) if best and best.number != trial.number else None
+    def _row(self, space: SearchSpace, trial: Trial, history: History, known: Noise) -> dict[str, object]:
+        best, default = history.best, history.default
+        ratio = summary.against(trial, default, known) if default else None
+        beside = summary.against(trial, best, known) if best and best.number != trial.number else None
         return {
             "number": trial.number,
             "source": trial.proposal.source,
             "config": {name: show(trial.config[name]) for name in space.names if name in trial.config},
             "changes": summary.differences(space, trial.config, space.default()),
             "joules_per_unit": trial.joules_per_unit,
+            "interval": summary.interval(trial, known),
+            "launches": len(trial.launches),
             "bounds": trial.joules_per_unit_bounds if trial.quality == "estimated" else None,
             "relative_sd": trial.relative_sd,
             "windows": len(trial.valid),
             "ratio_to_default": ratio.ratio if ratio else None,
+            "ratio_interval": (ratio.low, ratio.high) if ratio and trial is not default else None,
             "within_noise_of_default": bool(ratio and ratio.within_noise and trial is not default),
             "within_noise_of_best": bool(beside and beside.within_noise),
             "predicted_joules_per_unit": trial.proposal.predicted_joules_per_unit,

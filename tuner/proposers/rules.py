@@ -22,7 +22,7 @@ from itertools import combinations
 from tuner.proposers.random import instead_of
 from tuner.proposers.untried import Untried, inside
 from tuner.space import Choice, Config, Float, Int, Parameter, SearchSpace, Value, show
-from tuner.summary import NOISE_FLOOR, percent_text
+from tuner.summary import ASSUMED, noise, percent_text, told_apart
 from tuner.trial import History, Proposal
 
 # --- what an expert knows --------------------------------------------------------------------
@@ -129,8 +129,8 @@ ADVICE: Mapping[str, Advice] = {
         "decoding waits for memory: a core's second thread adds power, not tokens", share(0.5), usual=False
     ),
     "num_threads": Advice("a core's second thread adds power, not tokens", share(0.5), usual=False),
-    "sm_clock_mhz": Advice("decoding waits for memory: a lower clock costs little time", share(0.7), usual=False),
-    "power_limit_watts": Advice("the last watts buy the fewest tokens", share(0.7), usual=False),
+    "gpu_sm_clock_mhz": Advice("decoding waits for memory: a lower clock costs little time", share(0.7), usual=False),
+    "gpu_power_limit_w": Advice("the last watts buy the fewest tokens", share(0.7), usual=False),
     # Prompt processing:
     "threads_batch": Advice("prompts are limited by arithmetic: every processor helps", share(1.0), usual=False),
     "max_num_batched_tokens": Advice(_CHUNK, at_least(8192), usual=False, memory=True),
@@ -187,6 +187,8 @@ class Effect:
     """In how many parameters the two trials differ; they share the saving equally."""
     failed: bool = False
     """The later trial failed: `saving` is a rank then, not a measurement."""
+    margin: float = told_apart(ASSUMED)
+    """A saving or loss below this cannot be told from noise."""
 
     def __str__(self) -> str:
         others = f" (one of {self.changed} changes, which share the effect)" if self.changed > 1 else ""
@@ -196,7 +198,7 @@ class Effect:
             result = f"used {percent_text(-math.expm1(-self.saving))} less"
         else:
             result = f"used {percent_text(math.expm1(-self.saving))} more"
-        if not self.failed and abs(self.saving) < NOISE_FLOOR:
+        if not self.failed and abs(self.saving) < self.margin:
             result += " (within noise)"
         return f"{show(self.old)} -> {show(self.new)}{others} {result}"
 
@@ -210,7 +212,7 @@ def seen_trials(space: SearchSpace, history: History) -> list[Seen]:
     ]
 
 
-def effects(space: SearchSpace, seen: Sequence[Seen]) -> dict[str, list[Effect]]:
+def effects(space: SearchSpace, seen: Sequence[Seen], margin: float) -> dict[str, list[Effect]]:
     """What the trials tell about each parameter, from each earlier trial to each later one.
 
     Trials that differ in several parameters are compared only with the best before them, which they
@@ -229,7 +231,7 @@ def effects(space: SearchSpace, seen: Sequence[Seen]) -> dict[str, list[Effect]]
                 share_of_each, failed = saving / len(names), after.log_energy is None
                 for name in names:
                     old, new = before.config[name], after.config[name]
-                    found[name].append(Effect(old, new, share_of_each, len(names), failed))
+                    found[name].append(Effect(old, new, share_of_each, len(names), failed, margin))
         best = best if after.log_energy is None else min(best, after.log_energy)
     return found
 
@@ -259,7 +261,7 @@ class Rules:
     def propose(self, space: SearchSpace, history: History) -> Proposal | None:
         """The first move that leads to an untried configuration."""
         untried = Untried.of(space, history)
-        for base, name, move in _moves(space, seen_trials(space, history)):
+        for base, name, move in _moves(space, seen_trials(space, history), told_apart(noise(history))):
             config = {**base, **move.changes}
             if config in untried:
                 changes = (f"{n} {show(base[n])} -> {show(v)}" for n, v in move.changes.items() if v != base[n])
@@ -268,7 +270,7 @@ class Rules:
         return instead_of(self.name, "no rule leads to anything new", space, history, self.seed)
 
 
-def _moves(space: SearchSpace, seen: Sequence[Seen]) -> Iterator[tuple[Config, str, Move]]:
+def _moves(space: SearchSpace, seen: Sequence[Seen], margin: float) -> Iterator[tuple[Config, str, Move]]:
     """Every move in the order in which it is to be tried: where from, the name of that, and what."""
     measured = sorted((s for s in seen if s.log_energy is not None), key=lambda s: (s.log_energy, s.number))
     bases = [(s.config, f"trial {s.number}") for s in measured if not space.broken(s.config)]
@@ -279,7 +281,7 @@ def _moves(space: SearchSpace, seen: Sequence[Seen]) -> Iterator[tuple[Config, s
     usual = _usual_moves(space, best)
     if not any(usual.changes.items() <= s.config.items() for s in seen):
         yield best, best_name, usual
-    known = effects(space, seen)
+    known = effects(space, seen, margin)
     for base, name in bases:
         steps = sorted(_steps(space, base, known, seen), key=lambda step: -step.promise)
         yield from ((base, name, _mended(space, base, step)) for step in steps)

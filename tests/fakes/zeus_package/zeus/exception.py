@@ -1,0 +1,5 @@
+"""Base of all errors."""
+
+
+class ZeusBaseError(Exception):
+    """As in zeus."""
