@@ -14,7 +14,7 @@ RUNNERS = sorted((ROOT / "runners").glob("*.py"))
 LAYERS = [
     {"space", "intervals"},
     {"trial"},
-    {"journal", "machine", "summary"},
+    {"journal", "machine", "summary", "runs"},
     {"files", "checks", "control", "repeats", "measure", "telemetry", "meters", "chats", "proposers", "export"},
     {"worker", "doctor"},
     {"evaluate"},

@@ -280,6 +280,10 @@ def test_a_change_that_noise_explains_is_no_drift():
     assert drifts(drifted(1.05, noise=replace(NOISY, sigma=0.03))) == []
 
 
+def test_two_launches_show_no_drift_where_nothing_else_is_known_of_the_noise():
+    assert drifts(sentinel(past(1.0, 1.2, 1.2, 1.2), 0, 1.08)) == []
+
+
 def test_the_best_shows_drift_as_well_as_the_default():
     history = past(1.0, 0.5, 1.2, 1.2, 1.2, noise=QUIET)
     (stretch,) = drifts(sentinel(history, 1, 0.55))

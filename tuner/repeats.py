@@ -89,11 +89,13 @@ class Stretch:
 def drifts(history: History) -> list[Stretch]:
     """Where a configuration's energy changed by more than `LARGEST_DRIFT` and by more than noise explains.
 
-    Noise is taken within occasions here: between them it would hold the very drift that is looked for. The 5 %
-    with which noise alone is called drift are those of the whole study, shared by all its comparisons (Bonferroni).
+    Noise is taken within occasions here, once enough is known of it there: between them it would hold the very
+    drift that is looked for. The 5 % with which noise alone is called drift are those of the whole study, shared
+    by all its comparisons (Bonferroni).
     """
     occasions = {trial.number: _occasions(trial, history) for trial in history.measured}
-    known = pooled((logs for one in occasions.values() for _, logs in one), history.noise)
+    within = pooled((logs for one in occasions.values() for _, logs in one), history.noise)
+    known = within if within.degrees else noise(history)
     steps = [(number, *step) for number, one in occasions.items() for step in itertools.pairwise(one)]
     found = []
     for number, (before, earlier), (after, later) in steps:

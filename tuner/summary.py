@@ -103,6 +103,8 @@ def half_width(trial: Trial, known: Noise) -> float | None:
 def interval(trial: Trial, known: Noise) -> tuple[float, float] | None:
     """95 % interval of the joules per unit that launches of this configuration use on average.
 
+    Of a configuration named beforehand. The best of fifteen equal ones was chosen for being low, and its interval
+    holds the truth in 79 to 83 % of studies (`python tests/referee.py coverage`): it is never a claim.
     For an estimate it holds nothing of the estimate's own range (`Trial.joules_per_unit_bounds`).
     """
     half = half_width(trial, known)

@@ -19,7 +19,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from tuner.space import Config, Lever, SearchSpace, Value
 
-Unit = Literal["token", "image"]
+Unit = Literal["token", "image", "epoch"]
 
 Quality = Literal["measured", "sampled", "replayed", "simulated", "estimated"]
 """Where a reading comes from, best first. The worst domain labels a total.
