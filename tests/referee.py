@@ -304,7 +304,8 @@ def table(headings, rows):
 
 
 def percent(ratio):
-    return f"{100 * ratio:.1f} %"
+    # Adding 0.0 takes the sign off a negative zero.
+    return f"{round(100 * ratio, 1) + 0.0:.1f} %"
 
 
 def by_method(options, results):

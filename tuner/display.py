@@ -740,7 +740,13 @@ class Screen:
             if indistinguishable(part):
                 self._stdout.print(Text("~ cannot be told from the best", "dim"))
             if part.measured:
-                self._stdout.print(self._text(f"{noise_text(noise(part))}; figures with their 95 % interval", "dim"))
+                self._stdout.print(
+                    self._text(
+                        f"{noise_text(noise(part))}; figures with their 95 % interval, too narrow for the best, which was chosen for"
+                        " being low",
+                        "dim",
+                    )
+                )
             for said in _said_of(part):
                 self._stdout.print(Padding(self._text(said), (0, 0, 0, 2)))
         if history.best:

@@ -14,7 +14,6 @@ Time is simulated; it advances with each launch. Nothing sleeps.
 
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from tuner.evaluate import Launcher
@@ -68,7 +67,7 @@ class Machine:
         here = self.conditions
         return here.warm_up * -math.expm1(-self.seconds / here.warm_up_seconds) + self._wander
 
-    def launch(self, config, windows=5, seconds=2.0):
+    def launch(self, config, windows=5):
         """The windows of one launch, as J/unit."""
         here, draw = self.conditions, self.random
         of_window = WINDOW_SHARE * here.sigma
@@ -118,7 +117,6 @@ class Simulated(Launcher):
     """The launcher, without a worker."""
 
     machine: Machine
-    starts: Callable[[int], None] = lambda _number: None
 
     def __call__(self, number, proposal):
         self.report(number, "measuring")
