@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tuner.assemble import choose_proposer, free_name, llm_proposer, prepare, results_folder, view_of
+from tuner.assemble import choose_proposer, free_name, llm_proposer, prepare, results_folder, thorough, view_of
 from tuner.journal import Header, Plan
 from tuner.meters import MeterOptions
 from tuner.space import Refused
@@ -187,3 +187,36 @@ def test_a_template_that_fails_only_once_there_is_a_history_is_refused_at_the_st
 def test_naming_a_classical_proposer_asks_for_no_key(no_keys):
     choice = choose_proposer(proposer="sobol", llm=None, template=None, offer=None)
     assert (choice.proposer, choice.llm, choice.warning) == ("sobol", None, None)
+
+
+def on_gpu(tmp_path, **plan):
+    path = tmp_path / "gpu.py"
+    path.write_text(RUNNER.replace("default=0, low=0, high=9", "default=9, low=9, high=9"))
+    header = Header(name="s", workload=str(path), target=Target(), proposer="rules", plan=Plan(**plan))
+    return prepare(header, meter="nvml", options=MeterOptions(), say=said.append)[0].plan
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_window_holds_a_hundred_updates_of_the_counter_and_it_is_said_when_less_was_asked_for(tmp_path):
+    said.clear()
+    assert on_gpu(tmp_path, window_seconds=2.0).window_seconds == 10.0
+    assert any("windows last 10 s and not 2 s" in note for note in said)
+    assert on_gpu(tmp_path, window_seconds=30.0).window_seconds == 30.0
+
+
+@pytest.mark.usefixtures("gpu")
+def test_fast_mode_keeps_to_the_window_that_was_asked_for(tmp_path):
+    assert on_gpu(tmp_path, window_seconds=2.0, fast=True).window_seconds == 2.0
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_is_warmed_up_and_cooled_down_longer_than_a_cpu(tmp_path, runner):
+    gpu_plan, cpu_plan = on_gpu(tmp_path), ready(runner)[0].plan
+    assert (gpu_plan.warm_up_seconds, gpu_plan.cool_down_seconds) == ((10.0, 120.0), 60.0)
+    assert (cpu_plan.warm_up_seconds, cpu_plan.cool_down_seconds) == ((1.0, 10.0), 0.0)
+
+
+def test_a_claim_is_measured_with_longer_windows_than_a_fast_search():
+    fast = Plan(fast=True, windows=3, window_seconds=1.0)
+    assert (thorough(fast).fast, thorough(fast).windows, thorough(fast).window_seconds) == (False, 5, 2.0)
+    assert thorough(Plan(windows=3, window_seconds=1.0)) == Plan(windows=3, window_seconds=1.0)

@@ -90,10 +90,16 @@ def prepare(
         say(f"not used: {'+'.join(meters.names)}, because this engine computes on the CPU; `tune doctor` mends rapl")
         meters = choose("estimate", options, require_measured=header.require_measured)
         bench = _bench(header, meters, say, search=search)
+    plan, asked_for = _planned(header.plan, meters), header.plan.window_seconds
+    if asked_for and plan.window_seconds and plan.window_seconds > asked_for:
+        say(
+            f"windows last {plan.window_seconds:g} s and not {asked_for:g} s: {PERIODS_IN_A_WINDOW} updates of the"
+            " slowest counter; --fast keeps to what was asked for"
+        )
     return _with_noise(
         replace(
             header,
-            plan=_planned(header.plan, meters),
+            plan=plan,
             meters=meters.names,
             meter_options=options.record(),
             meter_sentence=meters.sentence,
