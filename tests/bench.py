@@ -3,6 +3,7 @@
     python tests/bench.py startup                 `tune --help` against a typer program that does nothing
     python tests/bench.py parent                  the tuner's own CPU seconds for each trial, beside a real engine
     python tests/bench.py methods [--seeds 5]     best against default on the generated model, by method
+    python tests/bench.py compare                 a replayed trial without its sampler; Sobol and random on all tables
 
 `methods` runs real studies one after the other and takes a while; leave the machine alone meanwhile.
 """
@@ -18,7 +19,9 @@ from pathlib import Path
 
 import psutil
 
+from tuner.compare import load_table, parse_tables, run_one
 from tuner.journal import read
+from tuner.trial import Proposal
 
 TUNE = [sys.executable, "-m", "tuner.cli"]
 EMPTY = "import typer\napp = typer.Typer()\n@app.command()\ndef nothing(): ...\napp()\n"
@@ -91,6 +94,33 @@ def methods(options):
         print(f"{method:8} {mean:<36.3f} {each:40} {' '.join(map(str, firsts))}", flush=True)
 
 
+class Listed:
+    """Proposes a table's rows one after the other, and so costs nothing itself."""
+
+    name = "listed"
+
+    def __init__(self, table):
+        self.rows = [row.config for row in table.rows if row is not table.default]
+
+    def propose(self, space, history):
+        number = len(history.trials) - 1
+        return Proposal(config=self.rows[number], source=self.name) if number < len(self.rows) else None
+
+
+def compare(options):
+    """Everything but the sampler for each replayed trial, and the whole of a comparison."""
+    each = []
+    for name in parse_tables("all"):
+        table = load_table(name)
+        budget = min(20, len(table.rows) - 1)
+        runs = [run_one(table, Listed(table), method="listed", seed=seed, budget=budget) for seed in range(50)]
+        each.append(statistics.median(run.seconds / (budget + 1) for run in runs))
+    print(f"{1000 * statistics.median(each):.3f} ms a trial without its sampler, {1000 * max(each):.3f} ms at most")
+    with tempfile.TemporaryDirectory() as folder:
+        what = ["--table", "all", "--methods", options.methods, "--seeds", "50", "--trials", "20"]
+        print(f"{seconds([*TUNE, 'compare', *what, '--results', folder]):.1f} s for {options.methods} on all tables")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -106,6 +136,9 @@ def main():
     one.add_argument("--trials", type=int, default=15)
     one.add_argument("--results", default="results/bench")
     one.set_defaults(run=methods)
+    one = commands.add_parser("compare")
+    one.add_argument("--methods", default="sobol,random")
+    one.set_defaults(run=compare)
     options = parser.parse_args()
     options.run(options)
 

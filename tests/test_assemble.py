@@ -5,7 +5,8 @@ import pytest
 
 from tuner.assemble import choose_proposer, free_name, llm_proposer, prepare, results_folder, thorough, view_of
 from tuner.journal import Header, Plan
-from tuner.meters import MeterOptions
+from tuner.meters import MeterChoice, MeterOptions
+from tuner.meters.wall import WallSource
 from tuner.space import Refused
 from tuner.trial import History, Target
 
@@ -216,7 +217,41 @@ def test_a_gpu_is_warmed_up_and_cooled_down_longer_than_a_cpu(tmp_path, runner):
     assert (cpu_plan.warm_up_seconds, cpu_plan.cool_down_seconds) == ((1.0, 10.0), 0.0)
 
 
+def meters(*names, quality="measured", domains=()):
+    return MeterChoice(names=names, quality=quality, blind_to=frozenset(), domains=domains, sentence="")
+
+
+ESTIMATE = meters("estimate", quality="estimated", domains=("cpu",))
+NVML = meters("nvml", domains=("gpu0",))
+WALL = meters("wall", quality="sampled", domains=("wall0",))
+
+
 def test_a_claim_is_measured_with_longer_windows_than_a_fast_search():
-    fast = Plan(fast=True, windows=3, window_seconds=1.0)
-    assert (thorough(fast).fast, thorough(fast).windows, thorough(fast).window_seconds) == (False, 5, 2.0)
-    assert thorough(Plan(windows=3, window_seconds=1.0)) == Plan(windows=3, window_seconds=1.0)
+    plan = thorough(Plan(fast=True, windows=3, window_seconds=1.0), ESTIMATE)
+    assert (plan.fast, plan.windows, plan.window_seconds) == (False, 5, 2.0)
+
+
+@pytest.mark.parametrize("chosen", [ESTIMATE, NVML, WALL])
+def test_a_claim_of_a_study_that_was_not_fast_is_measured_as_its_trials_were(chosen):
+    plan = Plan(windows=3, window_seconds=1.0)
+    assert thorough(plan, chosen) == plan
+
+
+@pytest.mark.parametrize(("chosen", "seconds"), [(NVML, 10.0), (WALL, 30.0)])
+def test_no_window_of_a_claim_is_shorter_than_the_least_of_the_meter(chosen, seconds):
+    assert thorough(Plan(fast=True, window_seconds=1.0), chosen).window_seconds == seconds
+
+
+def at_the_wall(runner, **plan):
+    options = MeterOptions(wall=WallSource(command="echo 50 W", interval_seconds=0.1))
+    header = Header(name="s", workload=str(runner), target=Target(), proposer="rules", plan=Plan(**plan))
+    return prepare(header, meter="wall", options=options, say=said.append)[0].plan.window_seconds
+
+
+def test_windows_at_the_wall_last_thirty_seconds_at_least(runner):
+    assert at_the_wall(runner, window_seconds=5.0) == 30.0
+    assert at_the_wall(runner, window_seconds=45.0) == 45.0
+
+
+def test_fast_mode_keeps_to_a_shorter_window_at_the_wall(runner):
+    assert at_the_wall(runner, window_seconds=5.0, fast=True) == 5.0

@@ -49,7 +49,7 @@ from tuner.journal import Header, Plan
 from tuner.meters import MeterChoice, MeterOptions
 from tuner.meters.wall import WallSource
 from tuner.space import Refused
-from tuner.trial import Idle, Reading, Target, Trial
+from tuner.trial import Idle, Reading, Target, Trial, WarmUp
 
 ENGINE = Path(__file__).parent / "fakes" / "engine.py"
 NOON = time.mktime((2026, 11, 22, 12, 0, 0, 0, 0, -1))
@@ -68,6 +68,7 @@ HEADER = Header(
     meter_options=MeterOptions().record(),
     machine=MACHINE,
     identity=IDENTITY,
+    space=tuple(SPACE.record()),
 )
 BENCH = Bench(
     runner_path=ENGINE,
@@ -503,19 +504,34 @@ def test_every_launch_runs_the_default_configuration_and_is_kept_in_order(tmp_pa
     assert [t.number for t in found.trials] == [0, 1, 2, 3]
     assert kept == [found]
     assert said[0] == "launch 1 of 4: 1.00 J/token"
-    assert said[1] == "all 4 launches take about 40 s"
+    assert said[1] == "the others take about 30 s together"
     assert found.notes == ("estimate: computed from CPU time; there is no counter to check",)
 
 
+def test_the_idle_windows_of_the_first_launch_are_not_expected_of_the_others(tmp_path):
+    """A launch of 40 s that watched idle power twice for 10 s and warmed up once more for 5 s takes 15 s again."""
+    idle = Idle(machine_watts=45.0, loaded_watts=60.5, seconds=10, quality="estimated")
+    launcher, said = scripted(tmp_path, 1.0, 1.1, 0.9, 1.05), []
+    first = replace(
+        launcher.script(0),
+        seconds=40.0,
+        idle=idle,
+        warm_up=WarmUp(seconds=5.0, units_per_second=(1.0, 1.0), steady=True),
+    )
+    launcher = replace(launcher, script=lambda n: launches(1.0, 1.1, 0.9, 1.05)[n] if n else first)
+    run_calibration(BENCH, ESTIMATED, launcher, 4, say=said.append)
+    assert said[1] == "the others take about 45 s together"
+
+
 def test_failed_launches_are_counted_and_named_and_never_imputed(tmp_path):
-    found = run_calibration(BENCH, ESTIMATED, scripted(tmp_path, 1.0, "out of memory", 0.9, 1.05), 4)
-    assert found.degrees == 2
-    assert rows(found)["launches"] == "3 of 4 measured; launch 2 failed: out of memory"
+    found = run_calibration(BENCH, ESTIMATED, scripted(tmp_path, 1.0, "out of memory", 0.9, 1.05, 1.0), 5)
+    assert found.degrees == 3
+    assert rows(found)["launches"] == "4 of 5 measured; launch 2 failed: out of memory"
 
 
 def test_too_few_measured_launches_are_refused_with_every_cause(tmp_path):
     kept = []
-    with pytest.raises(CalibrationError, match=r"2 of 4 launches were measured, and 3 .*: launch 2 .*no; launch 4"):
+    with pytest.raises(CalibrationError, match=r"2 of 4 launches were measured, and 4 .*: launch 2 .*no; launch 4"):
         run_calibration(BENCH, ESTIMATED, scripted(tmp_path, 1.0, "no", 0.9, "never"), 4, keep=kept.append)
     assert kept == []
 
@@ -528,37 +544,37 @@ def test_three_failures_in_a_row_end_it(tmp_path):
     assert said[-1] == "3 launches failed in a row: no more are started"
 
 
-def test_fewer_than_three_launches_are_refused_before_anything_runs(tmp_path):
+def test_fewer_launches_than_a_study_would_believe_are_refused_before_anything_runs(tmp_path):
     launcher = scripted(tmp_path)
-    with pytest.raises(Refused, match=r"--launches 2: expected 3 or more"):
-        run_calibration(BENCH, ESTIMATED, launcher, 2)
+    with pytest.raises(Refused, match=r"--launches 3: expected 4 or more"):
+        run_calibration(BENCH, ESTIMATED, launcher, 3)
     assert launcher.asked == []
 
 
-def test_an_interrupted_calibration_keeps_three_launches_and_says_so(tmp_path):
+def test_an_interrupted_calibration_keeps_four_launches_and_says_so(tmp_path):
     said, kept = [], []
     with pytest.raises(KeyboardInterrupt):
         run_calibration(
             BENCH,
             ESTIMATED,
-            interrupted_at(3, scripted(tmp_path, 1.0, 1.1, 0.9, 1.0)),
+            interrupted_at(4, scripted(tmp_path, 1.0, 1.1, 0.9, 1.0, 1.05)),
             8,
             say=said.append,
             keep=kept.append,
         )
-    assert [len(c.trials) for c in kept] == [3]
+    assert [len(c.trials) for c in kept] == [4]
     assert kept[0].interrupted
-    assert said[-1] == "stopped; 3 of 8 launches are kept as a calibration of 2 degrees of freedom"
-    assert rows(kept[0])["launches"] == "3 of 8 measured, interrupted after 3"
+    assert said[-1] == "stopped; 4 of 8 launches are kept as a calibration of 3 degrees of freedom"
+    assert rows(kept[0])["launches"] == "4 of 8 measured, interrupted after 4"
 
 
-def test_an_interrupted_calibration_of_two_launches_is_not_kept_and_says_so(tmp_path):
+def test_an_interrupted_calibration_of_three_launches_is_not_kept_and_says_so(tmp_path):
     said, kept = [], []
-    launcher = interrupted_at(2, scripted(tmp_path, 1.0, 1.1, 0.9))
+    launcher = interrupted_at(3, scripted(tmp_path, 1.0, 1.1, 0.9, 1.0))
     with pytest.raises(KeyboardInterrupt):
         run_calibration(BENCH, ESTIMATED, launcher, 8, say=said.append, keep=kept.append)
     assert kept == []
-    assert said[-1] == "stopped; 2 measured launches are too few to keep (3 are needed)"
+    assert said[-1] == "stopped; 3 measured launches are too few to keep (4 are needed)"
 
 
 def interrupted_at(number, launcher):
@@ -574,11 +590,11 @@ def interrupted_at(number, launcher):
 
 def test_idle_power_is_asked_for_until_it_is_known(tmp_path):
     idle = Idle(machine_watts=45.0, loaded_watts=60.5, seconds=10, quality="estimated")
-    launcher = scripted(tmp_path, "crash", 1.0, 1.1, 0.9, idle_seconds_for=lambda _number: 10.0)
+    launcher = scripted(tmp_path, "crash", 1.0, 1.1, 0.9, 1.0, idle_seconds_for=lambda _number: 10.0)
     before = launcher.script
     launcher = replace(launcher, script=lambda n: replace(before(n), idle=idle) if n == 1 else before(n))
-    found = run_calibration(BENCH, ESTIMATED, launcher, 4)
-    assert [seconds for _, _, seconds in launcher.asked] == [10.0, 10.0, 0.0, 0.0]
+    found = run_calibration(BENCH, ESTIMATED, launcher, 5)
+    assert [seconds for _, _, seconds in launcher.asked] == [10.0, 10.0, 0.0, 0.0, 0.0]
     assert found.idle == idle
     assert rows(found)["idle power"] == ("45.0 W without an engine, 60.5 W with one loaded and waiting, estimated")
 
@@ -620,10 +636,10 @@ def real(folder, meter="estimate", pins=("cost=2",)):
 def test_a_real_engine_is_calibrated_in_fresh_workers_and_the_next_study_finds_its_noise(tmp_path):
     phases = []
     bench, header, launcher = real(tmp_path)
-    found = run_calibration(bench, header, launcher, 3, report=lambda number, phase: phases.append((number, phase)))
-    assert len(found.launches) == 3
+    found = run_calibration(bench, header, launcher, 4, report=lambda number, phase: phases.append((number, phase)))
+    assert len(found.launches) == 4
     assert found.config["cost"] == 2
-    assert {number for number, phase in phases if phase.startswith("measuring")} <= {0, 1, 2}
+    assert {number for number, phase in phases if phase.startswith("measuring")} <= {0, 1, 2, 3}
     path = store(found, tmp_path / "state")
     assert read(path) == found
     noise, sentence = find(header, tmp_path / "state")
@@ -644,7 +660,7 @@ run_calibration(bench, header, launcher, 100, say=lambda text: print(text, flush
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout
     lines = []
-    while not any(line.startswith("launch 3 of 100") for line in lines):
+    while not any(line.startswith("launch 4 of 100") for line in lines):
         line = process.stdout.readline()
         assert line, process.communicate()
         lines.append(line)
@@ -657,7 +673,7 @@ run_calibration(bench, header, launcher, 100, say=lambda text: print(text, flush
     (path,) = (tmp_path / "state").glob("*")
     kept = read(path)
     assert kept.interrupted
-    assert 3 <= len(kept.launches) < 100
+    assert 4 <= len(kept.launches) < 100
     assert not psutil.wait_procs(workers, timeout=10)[1]
 
 
@@ -712,34 +728,83 @@ def lasting(launcher, seconds=0.4):
 
 
 def test_a_gpus_counter_is_held_against_its_power_idle_and_under_load(tmp_path, gpu):
-    found = run_calibration(BENCH, GPU, lasting(scripted(tmp_path, 1.0, 1.1, 0.9)), 3)
+    found = run_calibration(BENCH, GPU, lasting(scripted(tmp_path, 1.0, 1.1, 0.9, 1.0)), 4)
     assert [(a.domain, a.state) for a in found.agreements] == [("gpu0", "idle"), ("gpu0", "load")]
     assert not found.suspects
     assert found.notes == ()
     assert not [t for t in threading.enumerate() if t.name == "calibrate"]
 
 
-def test_the_launch_that_is_compared_is_the_first_that_was_measured(tmp_path, gpu):
-    found = run_calibration(BENCH, GPU, lasting(scripted(tmp_path, "crash", 1.0, 1.1, 0.9)), 4)
-    assert [a.state for a in found.agreements] == ["idle", "load"]
+def test_the_launch_beside_which_power_is_asked_for_counts_for_nothing_else(tmp_path, gpu):
+    made, said, idle = [], [], []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Watched(Scripted):
+        def __call__(self, number, proposal):
+            idle.append(self.idle_seconds_for(number))
+            self.report(number, "measuring 1/2")
+            time.sleep(0.05)
+            made.append((number, any(t.name == "calibrate" for t in threading.enumerate())))
+            self.report(number, "stopping")
+            return replace(self.script(number), measurements=(window(50.0),)) if len(made) == 1 else self.script(number)
+
+    launcher = scripted(tmp_path, 1.0, 1.1, 0.9, 1.0, idle_seconds_for=lambda _number: 10.0)
+    watched = Watched(**{name: getattr(launcher, name) for name in launcher.__dataclass_fields__})
+    found = run_calibration(BENCH, GPU, watched, 4, say=said.append)
+    assert [number for number, _ in made] == [0, 0, 1, 2, 3]
+    assert made[0][1], "power is asked for beside this one"
+    assert idle[0] == 0.0
+    assert found.trials == launches(1.0, 1.1, 0.9, 1.0)
+    assert said[0] == "launch 1 of 4: 1.00 J/token"
+
+
+def test_power_is_asked_for_beside_no_launch_that_counts(tmp_path, gpu, monkeypatch):
+    asked = []
+    real_compare = calibrate.compare
+
+    def watching(meter, state, wait):
+        asked.append((state, len(launcher.asked)))
+        return real_compare(meter, state, wait)
+
+    launcher = scripted(tmp_path, 1.0, 1.1, 0.9, 1.0)
+    monkeypatch.setattr(calibrate, "compare", watching)
+    run_calibration(BENCH, GPU, launcher, 4)
+    assert asked == [("idle", 0), ("load", 1)]
+
+
+def test_a_launch_for_the_comparison_that_fails_before_it_measures_is_said(tmp_path, gpu):
+    launcher = scripted(tmp_path, 1.0, 1.1, 0.9, 1.0)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Crashing(Scripted):
+        def __call__(self, number, proposal):
+            if self.asked:
+                return super().__call__(number, proposal)
+            self.asked.append(number)
+            return trial(number, error="out of memory")
+
+    crashing = Crashing(**{name: getattr(launcher, name) for name in launcher.__dataclass_fields__})
+    found = run_calibration(BENCH, GPU, crashing, 4)
+    assert len(found.launches) == 4
+    assert found.notes == ("nvml: not compared with power under load: the launch for it failed: out of memory",)
 
 
 def test_a_launch_too_short_to_compare_is_said(tmp_path, gpu, monkeypatch):
     monkeypatch.setattr(calibrate, "LEAST_CHECK_SECONDS", 5.0)
-    found = run_calibration(BENCH, GPU, lasting(scripted(tmp_path, 1.0, 1.1, 0.9)), 3)
+    found = run_calibration(BENCH, GPU, lasting(scripted(tmp_path, 1.0, 1.1, 0.9, 1.0)), 4)
     assert [a.state for a in found.agreements] == ["idle"]
     assert "not compared with its power under load" in rows(found)["not checked"]
 
 
 def test_a_driver_that_tells_no_power_is_no_obstacle(tmp_path, gpu):
     gpu(errors={"nvmlDeviceGetPowerUsage": 3})
-    found = run_calibration(BENCH, GPU, scripted(tmp_path, 1.0, 1.1, 0.9), 3)
+    found = run_calibration(BENCH, GPU, scripted(tmp_path, 1.0, 1.1, 0.9, 1.0), 4)
     assert found.agreements == ()
     assert found.notes[0].startswith("nvml: its counters could not be checked: GPU power: ")
 
 
 def test_a_driver_that_fails_under_load_is_said_and_the_launches_count(tmp_path, gpu):
-    launcher = scripted(tmp_path, 1.0, 1.1, 0.9)
+    launcher = scripted(tmp_path, 1.0, 1.1, 0.9, 1.0)
 
     @dataclass(frozen=True, kw_only=True)
     class Failing(Scripted):
@@ -749,14 +814,14 @@ def test_a_driver_that_fails_under_load_is_said_and_the_launches_count(tmp_path,
             return self.script(number)
 
     failing = Failing(**{name: getattr(launcher, name) for name in launcher.__dataclass_fields__})
-    found = run_calibration(BENCH, GPU, failing, 3)
-    assert len(found.launches) == 3
+    found = run_calibration(BENCH, GPU, failing, 4)
+    assert len(found.launches) == 4
     assert found.notes[0].startswith("nvml: its counters could not be checked under load: GPU power: the GPU fell off")
 
 
 def test_a_meter_that_cannot_be_opened_is_said_and_the_launches_count(tmp_path, monkeypatch):
     monkeypatch.setenv("TUNE_POWERCAP_ROOT", str(tmp_path / "nothing"))
-    found = run_calibration(BENCH, HEADER, scripted(tmp_path, 1.0, 1.1, 0.9), 3)
+    found = run_calibration(BENCH, HEADER, scripted(tmp_path, 1.0, 1.1, 0.9, 1.0), 4)
     assert found.notes[0].startswith("rapl: its counters could not be checked: ")
     assert found.counters == ()
 
@@ -764,7 +829,7 @@ def test_a_meter_that_cannot_be_opened_is_said_and_the_launches_count(tmp_path, 
 def test_power_that_is_sampled_has_no_counter_to_check(tmp_path):
     meter = {"wall": {**WallSource(command="echo 50 W").record(), "interval_seconds": 0.1}}
     header = replace(HEADER, meters=("wall",), meter_options={"cpu_watts": None, **meter})
-    found = run_calibration(BENCH, header, scripted(tmp_path, 1.0, 1.1, 0.9), 3)
+    found = run_calibration(BENCH, header, scripted(tmp_path, 1.0, 1.1, 0.9, 1.0), 4)
     assert found.notes == ("wall: adds up power itself; there is no counter to hold against it",)
     assert [c.period_seconds for c in found.counters] == [None]
 
@@ -776,7 +841,7 @@ def test_rapl_has_no_power_to_compare_with(tmp_path, monkeypatch):
         (zone / name).write_text(text)
     monkeypatch.setenv("TUNE_POWERCAP_ROOT", str(tmp_path))
     monkeypatch.setattr(calibrate, "POLL_SECONDS", 0.05)
-    found = run_calibration(BENCH, HEADER, scripted(tmp_path, 1.0, 1.1, 0.9), 3)
+    found = run_calibration(BENCH, HEADER, scripted(tmp_path, 1.0, 1.1, 0.9, 1.0), 4)
     assert found.notes == ("rapl: has no reading of power to hold its counters against",)
     assert [(c.domain, c.period_seconds) for c in found.counters] == [("cpu0", None)]
 
@@ -793,7 +858,7 @@ values = st.one_of(st.floats(0.01, 100), st.just("crash"))
 
 
 @given(
-    values=st.lists(values, min_size=3, max_size=9).filter(lambda v: sum(not isinstance(x, str) for x in v) > 2),
+    values=st.lists(values, min_size=4, max_size=9).filter(lambda v: sum(not isinstance(x, str) for x in v) > 3),
     facts=st.dictionaries(texts, texts, max_size=3),
     seconds=st.floats(0.1, 100),
     watts=st.none() | st.just([15.0, 65.0]),
@@ -909,6 +974,7 @@ def test_where_nothing_was_calibrated_nothing_is_said(tmp_path):
         ({"machine": {**MACHINE, "governor": "powersave"}}, "governor powersave, here performance"),
         ({"machine": {**MACHINE, "gpu0": "H100 (GPU-1)"}}, "gpu0 H100 (GPU-1), here none"),
         ({"windows": 5, "target": Target(seed=1)}, "--seed 1, here 0 and --windows 5, here 3"),
+        ({"config": {**SPACE.default(), "parallel": 8}}, "--pin parallel 8, here 4"),
     ],
 )
 def test_one_that_nearly_fits_is_named_with_what_differs(tmp_path, changes, words):
@@ -934,7 +1000,7 @@ def test_a_calibration_of_something_else_is_not_mentioned(tmp_path):
     [
         {"target": Target(allow_lossy=True)},
         {"machine": {**MACHINE, "kernel": "9.9", "tune": "0"}},
-        {"config": {**SPACE.default(), "parallel": 8}},
+        {"config": {**SPACE.default(), "gpu_power_limit_w": 300}},
     ],
 )
 def test_what_leaves_the_load_as_it_is_need_not_agree(tmp_path, changes):
@@ -976,11 +1042,11 @@ def test_a_torn_file_is_never_fatal(cut):
 def test_a_file_of_too_few_launches_is_skipped(tmp_path):
     path = store(calibration(), tmp_path)
     content = json.loads(path.read_text())
-    content["calibration"]["trials"] = content["calibration"]["trials"][:2]
+    content["calibration"]["trials"] = content["calibration"]["trials"][:3]
     path.write_bytes(msgspec.json.encode(content))
     noise, sentence = find(HEADER, tmp_path)
     assert noise is None
-    assert "holds 2 measured launches, expected 3 or more" in sentence
+    assert "holds 3 measured launches, expected 4 or more" in sentence
 
 
 def test_what_speaks_against_the_one_that_fits_is_said(tmp_path):

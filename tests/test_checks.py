@@ -31,6 +31,10 @@ CASES = {
         windows(*[on_gpu(4.0)] * 3),
         ["40 updates of the gpu0 counter", "off by 2.5 %", "--window 10s"],
     ),
+    "few samples": (
+        windows(*[window(1.0, quality="sampled", seconds=29.0)] * 3),
+        ["windows of 29 s hold few samples of power", "--window 30s"],
+    ),
     "few windows": (windows(*[window(1.0)] * 2), ["2 windows say little", "--windows 5"]),
     "one window": (windows(window(1.0)), ["1 window says little", "--windows 5"]),
     "spread": (windows(window(1.0), window(1.3), window(0.9)), ["differ by 20 %", "--windows 6"]),
@@ -87,6 +91,10 @@ def test_what_the_engine_made_of_auto_is_no_doubt():
 
 def test_a_long_enough_window_of_a_slow_counter_is_not_doubted():
     assert of(windows(*[on_gpu(10.0)] * 3)) == []
+
+
+def test_thirty_seconds_of_sampled_power_are_not_doubted():
+    assert of(windows(*[window(1.0, quality="sampled", seconds=30.0)] * 3)) == []
 
 
 def test_what_is_the_same_for_all_trials_is_said_once():

@@ -296,7 +296,7 @@ REFUSED = [
     (["run", *LOAD, "--proposer", "rules", "--batch", "--warm-up", "9s..1s"], "smaller time first"),
     (["confirm", "results/none"], "no study here"),
     (["confirm", "results/none", "--pairs", "4"], "6 or more"),
-    (["calibrate", *LOAD, "--launches", "2"], "expected 3 or more"),
+    (["calibrate", *LOAD, "--launches", "3"], "expected 4 or more"),
     (["run", *QUICK, "--proposer", "llm", "--batch"], "--proposer llm: which one"),
     (["run", *QUICK, "--proposer", "rules", "--batch", "--base-url", "http://127.0.0.1:1/v1"], "--base-url"),
     (["run", *QUICK, "--proposer", "rules", "--batch", "--timeout", "9" * 400], "90s, 20m or 2h"),

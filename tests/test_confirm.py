@@ -1,5 +1,6 @@
 import math
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -9,8 +10,10 @@ from hypothesis import strategies as st
 from records import SPACE, trial, window
 
 from tuner.confirm import (
+    DEFAULT_PAIRS,
     LEAST_PAIRS,
     MOST_PRUNE_TESTS,
+    Failures,
     Shortened,
     concluded,
     confirm,
@@ -21,12 +24,14 @@ from tuner.confirm import (
     prune_pairs,
     saving,
     shortened,
+    shown_by,
     verdict,
 )
-from tuner.evaluate import Launcher
+from tuner.evaluate import NO_VALID_WINDOW, Launcher
 from tuner.intervals import sign_flip_interval
 from tuner.journal import Header, Journal, Pair, Plan, Prune, Segment, read
-from tuner.trial import Target
+from tuner.space import Int, SearchSpace
+from tuner.trial import Energy, Target
 
 HEADER = Header(name="s", workload="w", target=Target(), proposer="p", machine={"cores_logical": "2"})
 
@@ -128,12 +133,12 @@ def test_pairs_are_in_abba_order_so_that_steady_drift_cancels():
         (
             [pair(n, 1, 0.7) for n in range(5)],
             5,
-            "No saving shown: 5 pairs were measured, and fewer than 6 show nothing with 95 % confidence.",
+            "No saving shown: 5 pairs are too few for an interval of 95 %.",
         ),
         (
             [pair(n, 1, 1 + 0.01 * (-1) ** n) for n in range(8)],
             8,
-            "No saving shown: the best setting against the default (95 % CI -0.9 to 0.9 %, 8 pairs).",
+            "No saving shown: that of the best setting has the 95 % CI -0.9 to 0.9 %, 8 pairs.",
         ),
         (
             pairs_at(EIGHT),
@@ -141,9 +146,24 @@ def test_pairs_are_in_abba_order_so_that_steady_drift_cancels():
             "The best setting saves 26 % (95 % CI 23 to 28 %, 8 pairs).",
         ),
         (
+            [*pairs_at(EIGHT[:7]), pair(7, 1, None)],
+            8,
+            "The best setting saves 25 % (95 % CI 22 to 28 %, 7 of 8 pairs, the others unmeasured).",
+        ),
+        (
+            [pair(n, 1, 0.5 if n % 2 else 20) for n in range(6)],
+            6,
+            "No saving shown: that of the best setting has the 95 % CI below -1000 to 50 %, 6 pairs.",
+        ),
+        (
+            [pair(n, 1, 0.7 + 0.001 * (-1) ** n) for n in range(8)],
+            8,
+            "The best setting saves 30 % (95 % CI 29.9 to 30.1 %, 8 pairs).",
+        ),
+        (
             [pair(n, 1, 30 + n) for n in range(6)],
             6,
-            "No saving shown: the best setting against the default (95 % CI below -1000 to below -1000 %, 6 pairs).",
+            "No saving shown: that of the best setting has the 95 % CI below -1000 %, 6 pairs.",
         ),
     ],
 )
@@ -154,7 +174,14 @@ def test_the_last_sentence_follows_from_the_pairs_alone(pairs, planned, sentence
 def test_an_estimated_saving_is_called_estimated():
     measured = [pair(n, 1, 0.7 + 0.001 * n) for n in range(6)]
     assert "estimated" not in verdict(saving(measured, HEADER), 6, 6)
-    pairs = [
+    sentence = verdict(saving(estimated_pairs(), HEADER), 6, 6)
+    assert sentence.startswith("The best setting saves an estimated 30 %")
+    assert "not measured" in sentence
+
+
+def estimated_pairs():
+    """Six, in which less time brings the same share of wall and of CPU seconds."""
+    return [
         Pair(
             number=n,
             default=estimated_side(0, 10.0, 20.0),
@@ -165,9 +192,69 @@ def test_an_estimated_saving_is_called_estimated():
         )
         for n in range(6)
     ]
-    sentence = verdict(saving(pairs, HEADER), 6, 6)
-    assert sentence.startswith("The best setting saves an estimated 30 %")
-    assert "not measured" in sentence
+
+
+# --- a counter with coarse steps ---
+
+
+def stepped(launch, share):
+    """The launch as a counter shows it whose steps may hide this share of each window's energy."""
+    coarse = tuple(
+        replace(
+            m, energy={d: Energy(e.joules, e.joules * (1 - share), e.joules * (1 + share)) for d, e in m.energy.items()}
+        )
+        for m in launch.measurements
+    )
+    return replace(launch, measurements=coarse)
+
+
+def coarse(pairs, share):
+    return [replace(p, default=stepped(p.default, share), best=stepped(p.best, share)) for p in pairs]
+
+
+@given(st.lists(st.floats(0.2, 5), min_size=6, max_size=12), st.floats(0.001, 0.2))
+def test_the_interval_is_widened_by_what_the_steps_of_both_sides_may_hide(ratios, share):
+    """Independent on both sides: sqrt(2) times that of one, in ln, at either end."""
+    fine, found = (saving(pairs, HEADER) for pairs in (pairs_at(ratios), coarse(pairs_at(ratios), share)))
+    widened = math.exp(math.sqrt(2) * share)
+    assert (found.low, found.ratio, found.high) == pytest.approx((fine.low / widened, fine.ratio, fine.high * widened))
+
+
+def test_more_pairs_do_not_average_the_steps_out():
+    few, many = (saving(coarse(pairs_at([0.8] * count), 0.03), HEADER) for count in (8, 64))
+    assert few.steps == many.steps == pytest.approx(0.03 * math.sqrt(2))
+
+
+def test_a_saving_that_the_steps_may_hide_is_not_shown():
+    assert saving(pairs_at([0.97] * 8), HEADER).shown
+    assert not saving(coarse(pairs_at([0.97] * 8), 0.03), HEADER).shown
+
+
+def test_a_counter_whose_ends_are_its_value_has_no_steps():
+    assert saving(pairs_at(EIGHT), HEADER).steps is None
+
+
+def test_steps_of_a_pair_that_was_not_measured_do_not_count():
+    pairs = [*coarse(pairs_at([0.8] * 6), 0.01), *coarse([pair(6, 1.0, None)], 0.5)]
+    assert saving(pairs, HEADER).steps == pytest.approx(0.01 * math.sqrt(2))
+
+
+def test_the_range_of_an_estimate_is_not_taken_for_steps():
+    assert saving(estimated_pairs(), HEADER).steps is None
+
+
+def test_steps_are_named_in_the_sentence_with_their_size():
+    sentence = verdict(saving(coarse(pairs_at(EIGHT), 0.03), HEADER), 8, 8)
+    assert sentence == (
+        "The best setting saves 26 % (95 % CI 19 to 31 %, 8 pairs, of which the counter's own steps are ± 4.3 %)."
+    )
+
+
+def test_steps_below_a_tenth_of_a_percent_are_not_worth_a_word():
+    assert "steps" not in verdict(saving(coarse(pairs_at(EIGHT), 0.0005), HEADER), 8, 8)
+
+
+# --- measuring pairs ---
 
 
 class Recorder(Launcher):
@@ -268,6 +355,16 @@ def test_an_estimated_saving_that_holds_over_the_whole_power_range_is_shown():
     assert saving(pairs, HEADER).shown
 
 
+def test_an_estimate_whose_cpu_seconds_are_not_known_stays_what_it_is_at_both_ends_of_the_power_range():
+    def unknown(launch):
+        return replace(launch, measurements=tuple(replace(m, cpu_seconds=None) for m in launch.measurements))
+
+    pairs = [replace(p, default=unknown(p.default), best=unknown(p.best)) for p in estimated_pairs()]
+    measured = [pair(p.number, p.default.joules_per_unit, p.best.joules_per_unit) for p in pairs]
+    found, same = saving(pairs, HEADER), saving(measured, HEADER)
+    assert (found.low, found.high) == pytest.approx((same.low, same.high))
+
+
 def test_a_study_without_pairs_concludes_nothing(tmp_path):
     with Journal.create(tmp_path, HEADER) as journal:
         assert concluded(journal.study) is None
@@ -280,23 +377,26 @@ def test_pairs_of_a_forced_segment_are_judged_by_the_machine_they_ran_on(tmp_pat
         assert here(journal.study).meter_options == HEADER.meter_options
 
 
-# --- the shortest setting that keeps the gain ---
+# --- launches that fail ---
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine(Launcher):
-    """Its energy is `worth` of the configuration, give or take half a per mille; None fails."""
+    """Its energy is `worth` of the configuration, give or take half a per mille; a text is why it failed."""
 
-    worth: Callable[[Mapping], float | None]
+    worth: Callable[[Mapping], float | str]
+    steps: float = 0.0
+    """Share of a window's energy that the steps of its counter may hide."""
     launched: list = field(default_factory=list)
 
     def __call__(self, number, proposal):
         self.launched.append((proposal.config, self.log_name))
         joules = self.worth(proposal.config)
-        if joules is None:
-            return trial(number, proposal.config, error="crash", proposal=proposal, segment=self.segment)
+        if isinstance(joules, str):
+            return trial(number, proposal.config, error=joules, proposal=proposal, segment=self.segment)
         wobble = 1 + 0.0005 * math.sin(7 * len(self.launched))
-        return trial(number, proposal.config, (joules * wobble,), proposal=proposal, segment=self.segment)
+        launch = trial(number, proposal.config, (joules * wobble,), proposal=proposal, segment=self.segment)
+        return stepped(launch, self.steps) if self.steps else launch
 
 
 def engine(folder, worth, **more):
@@ -309,11 +409,160 @@ def nobody(*_):
     pass
 
 
+def outcomes(default=(), best=()):
+    """An engine whose first launches of either side go like this; all further ones are measured."""
+    of_default, of_best = iter(default), iter(best)
+    return lambda config: next(of_default, 1.0) if config == SPACE.default() else next(of_best, 0.7)
+
+
+UNMEASURED = f"{NO_VALID_WINDOW} in 5: other processes used the CPU"
+
+
+def concluded_of(folder, worth, pairs=DEFAULT_PAIRS):
+    """The last sentence after a confirmation of trial 1 on this engine, and its study."""
+    with Journal.create(folder, HEADER) as journal:
+        confirm(journal, engine(folder, worth), trial(0), trial(1, {"parallel": 8}, (0.7,)), pairs, nobody)
+        return concluded(journal.study), journal.study
+
+
+def test_a_best_that_crashes_once_in_its_fresh_launches_is_no_saving(tmp_path):
+    sentence, study = concluded_of(tmp_path, outcomes(best=[0.7, "killed for lack of memory"]))
+    assert sentence == (
+        "No saving is claimed: trial 1 failed in 1 of 8 fresh launches (killed for lack of memory)."
+        " A setting that fails now and then is none to run."
+    )
+    assert shown_by(study) == (None, 8)
+
+
+def test_each_crash_of_the_best_is_counted_and_the_last_cause_named(tmp_path):
+    sentence, _ = concluded_of(tmp_path, outcomes(best=["first", 0.7, "second"]))
+    assert "trial 1 failed in 2 of 8 fresh launches (second)" in sentence
+
+
+def test_a_best_that_crashes_is_not_shortened(tmp_path):
+    _, study = concluded_of(tmp_path, outcomes(best=["crash"]))
+    assert shortened(study) == (None, ())
+
+
+def test_windows_of_the_best_that_did_not_count_are_no_crash(tmp_path):
+    sentence, _ = concluded_of(tmp_path, outcomes(best=[UNMEASURED]))
+    assert sentence.startswith("Trial 1 saves 30 % (95 % CI ")
+    assert "7 of 8 pairs, the others unmeasured" in sentence
+
+
+def test_a_crash_of_the_default_does_not_speak_against_the_best(tmp_path):
+    sentence, _ = concluded_of(tmp_path, outcomes(default=["crash"]))
+    assert sentence.startswith("Trial 1 saves 30 % (95 % CI ")
+
+
+def test_where_both_sides_of_a_pair_crash_something_else_is_wrong(tmp_path):
+    sentence, _ = concluded_of(tmp_path, outcomes(default=["crash"], best=["crash"]))
+    assert sentence.startswith("Trial 1 saves 30 % (95 % CI ")
+
+
+def test_a_crash_of_the_best_beside_a_default_without_valid_windows_counts(tmp_path):
+    sentence, _ = concluded_of(tmp_path, outcomes(default=[UNMEASURED], best=["crash"]))
+    assert "trial 1 failed in 1 of 8 fresh launches (crash)" in sentence
+
+
+def test_pairs_without_a_failure_count_none():
+    assert Failures.among(pairs_at(EIGHT)) == Failures(of_best=0, last_of_best="", last="")
+
+
+@pytest.mark.parametrize("side", ["default", "best"])
+def test_a_confirmation_ends_after_three_pairs_in_a_row_with_a_failed_side(tmp_path, side):
+    _, study = concluded_of(tmp_path, outcomes(**{side: [1.0, *["crash"] * 8]}))
+    assert len(study.pairs) == 4
+
+
+def test_the_three_pairs_may_fail_on_different_sides(tmp_path):
+    _, study = concluded_of(tmp_path, outcomes(default=["crash", 1.0, "crash"], best=[0.7, UNMEASURED, 0.7]))
+    assert len(study.pairs) == 3
+
+
+def test_failures_that_are_not_in_a_row_do_not_end_a_confirmation(tmp_path):
+    _, study = concluded_of(tmp_path, outcomes(default=["crash", "crash", 1.0, "crash", "crash"]))
+    assert len(study.pairs) == 8
+
+
+def test_a_confirmation_that_ended_early_says_the_last_cause(tmp_path):
+    sentence, _ = concluded_of(tmp_path, outcomes(default=["crash", "crash", UNMEASURED]))
+    assert sentence == (
+        f"No saving is claimed: 3 of 8 fresh pairs are done. The last launch that failed: {UNMEASURED}."
+    )
+
+
+def test_a_confirmation_in_which_nothing_could_be_measured_says_the_last_cause(tmp_path):
+    sentence, _ = concluded_of(tmp_path, outcomes(best=[UNMEASURED] * 3), pairs=3)
+    assert sentence == (
+        f"No saving shown: the confirmation could not be measured. The last launch that failed: {UNMEASURED}."
+    )
+
+
+def test_a_confirmation_that_ended_early_goes_on_and_has_three_more_pairs_to_fail(tmp_path):
+    worth = outcomes(default=["crash"] * 8)
+    default, best = trial(0), trial(1, {"parallel": 8}, (0.7,))
+    began = []
+    with Journal.create(tmp_path, HEADER) as journal:
+        for _ in range(2):
+            confirm(journal, engine(tmp_path, worth), default, best, 8, began.append)
+    assert began == [0, 1, 2, 3, 4, 5]
+
+
+# --- one confirmation after another ---
+
+
+def looked(folder, *plans):
+    """A study whose best was confirmed with so many pairs, one plan after the other."""
+    with Journal.create(folder, HEADER) as journal:
+        for pairs in plans:
+            confirm(journal, engine(folder, outcomes()), trial(0), trial(1, {"parallel": 8}, (0.7,)), pairs, nobody)
+        return journal.study
+
+
+@pytest.mark.parametrize("plans", [(8,), (8, 9), (8, 9, 10)])
+def test_the_kth_confirmation_of_a_study_may_err_a_kth_as_often(tmp_path, plans):
+    found, _ = shown_by(looked(tmp_path, *plans))
+    assert found.confidence == pytest.approx(1 - 0.05 / len(plans))
+
+
+def test_a_second_confirmation_has_the_wider_interval_of_its_confidence(tmp_path):
+    study = looked(tmp_path, 8, 9)
+    found, _ = shown_by(study)
+    of_one = saving(pairs_of(study, study.pairs[-1].config, 9), HEADER)
+    assert found.low < of_one.low < of_one.high < found.high
+
+
+def test_a_second_confirmation_says_so_and_names_its_confidence(tmp_path):
+    sentence = concluded(looked(tmp_path, 8, 9))
+    assert re.match(r"Trial 1 saves 30 % \(97\.5 % CI [\d.]+ to [\d.]+ %, 9 pairs\)\. ", sentence)
+    assert sentence.endswith(
+        "This is confirmation 2 of this study; its interval is wider, because each is one more chance."
+    )
+
+
+def test_a_first_confirmation_does_not_speak_of_others(tmp_path):
+    assert "confirmation" not in concluded(looked(tmp_path, 8))
+
+
+def test_a_confirmation_that_goes_on_is_still_the_first(tmp_path):
+    assert shown_by(looked(tmp_path, 8, 8))[0].confidence == 0.95
+
+
+def test_six_pairs_are_too_few_for_a_second_confirmation(tmp_path):
+    assert concluded(looked(tmp_path, 8, 6)).startswith(
+        "No saving shown: 6 pairs are too few for an interval of 97.5 %."
+    )
+
+
+# --- the shortest setting that keeps the gain ---
+
+
 ALL = {"parallel": 8, "threads": 1, "flash": "on"}
 
 
-def confirmed(journal, launcher, changes, tried=()):
-    """A study that has found `changes`, after some single changes, and has confirmed them with six pairs."""
+def confirmed(journal, launcher, changes, tried=(), pairs=6):
+    """A study that has found `changes`, after some single changes, and has confirmed them."""
     segment = launcher.segment
     default = trial(len(journal.study.history), joules=(1.0,), segment=segment)
     default = replace(default, proposal=replace(default.proposal, source="default"))
@@ -322,12 +571,12 @@ def confirmed(journal, launcher, changes, tried=()):
         journal.append(trial(len(journal.study.history), change, (joules,), segment=segment))
     best = trial(len(journal.study.history), changes, (0.5,), segment=segment)
     journal.append(best)
-    confirm(journal, launcher, default, best, 6, nobody)
+    confirm(journal, launcher, default, best, pairs, nobody)
 
 
-def pruned(folder, worth, changes=ALL, tried=(), pairs=6):
+def pruned(folder, worth, changes=ALL, tried=(), pairs=6, **more):
     """(what still differs from the default, the attempts) after pruning `changes`."""
-    launcher = engine(folder, worth)
+    launcher = engine(folder, worth, **more)
     with Journal.create(folder, HEADER) as journal:
         confirmed(journal, launcher, changes, tried)
         prune(journal, launcher, SPACE, pairs, nobody)
@@ -340,8 +589,12 @@ def only(name, saves=0.3):
     return lambda config: 1 - saves if config[name] != SPACE[name].default else 1.0
 
 
+FLASH_IS_CLEAR = [({"flash": "on"}, 0.9)]
+"""The search saw it save something; of the other two it only knows what they do together."""
+
+
 def test_changes_that_do_not_matter_go_back_to_their_default_together(tmp_path):
-    left, (attempt,) = pruned(tmp_path, only("flash"))
+    left, (attempt,) = pruned(tmp_path, only("flash"), tried=FLASH_IS_CLEAR)
     assert left == {"flash": "on"}
     assert attempt.dropped == ("parallel", "threads")
     assert attempt.ratio == pytest.approx(1, abs=0.001)
@@ -349,7 +602,7 @@ def test_changes_that_do_not_matter_go_back_to_their_default_together(tmp_path):
 
 
 def test_when_the_gain_is_lost_the_changes_are_asked_about_one_by_one(tmp_path):
-    left, attempts = pruned(tmp_path, only("parallel"))
+    left, attempts = pruned(tmp_path, only("parallel"), tried=FLASH_IS_CLEAR)
     assert left == {"parallel": 8, "flash": "on"}
     assert [(a.dropped, a.keeps_the_gain) for a in attempts] == [
         (("parallel", "threads"), False),
@@ -373,16 +626,57 @@ def test_a_change_that_may_be_worth_one_percent_stays(tmp_path):
         tmp_path,
         lambda c: (0.7 if c["threads"] == 1 else 0.708) if c["flash"] == "on" else 1,
         {"threads": 1, "flash": "on"},
+        tried=[({"flash": "on"}, 0.5)],
     )
     assert not attempt.keeps_the_gain
     assert left == {"threads": 1, "flash": "on"}
 
 
-def test_what_the_search_saw_save_something_is_not_in_the_first_group(tmp_path):
+def test_a_change_with_a_clear_effect_in_the_search_is_left_alone(tmp_path):
     tried = [({"parallel": 8}, 0.6), ({"threads": 1}, 1.0), ({"flash": "on"}, 0.85)]
     left, attempts = pruned(tmp_path, only("parallel", saves=0.4), tried=tried)
     assert [a.dropped for a in attempts] == [("threads",)]
     assert left == {"parallel": 8, "flash": "on"}
+
+
+def test_changes_that_are_all_in_doubt_are_asked_about_one_by_one(tmp_path):
+    left, attempts = pruned(tmp_path, only("flash"))
+    assert [(a.dropped, a.keeps_the_gain) for a in attempts] == [(("parallel",), True), (("threads",), True)]
+    assert left == {"flash": "on"}
+
+
+def test_the_last_change_is_not_asked_about(tmp_path):
+    """Without it there would be no saving."""
+    left, attempts = pruned(tmp_path, only("flash"), {"flash": "on", "threads": 1})
+    assert [a.dropped for a in attempts] == [("threads",)]
+    assert left == {"flash": "on"}
+
+
+def test_a_single_change_in_doubt_is_asked_about_once(tmp_path):
+    tried = [({"flash": "on"}, 0.85), ({"parallel": 8}, 0.6)]
+    _, attempts = pruned(tmp_path, only("threads"), tried=[*tried, ({"threads": 1}, 1.0)])
+    assert [(a.dropped, a.keeps_the_gain) for a in attempts] == [(("threads",), False)]
+
+
+def test_what_the_steps_of_a_counter_may_hide_is_not_dropped(tmp_path):
+    """It does nothing, and 0.8 % on either side could not be seen."""
+    left, (attempt,) = pruned(
+        tmp_path, only("flash"), {"threads": 1, "flash": "on"}, [({"flash": "on"}, 0.5)], steps=0.008
+    )
+    assert attempt.ratio == pytest.approx(1, abs=0.001)
+    assert attempt.bound > 1.01
+    assert left == {"threads": 1, "flash": "on"}
+
+
+def test_what_crashes_once_without_a_change_keeps_it(tmp_path):
+    crashes = iter(["crash"])
+
+    def worth(config):
+        return next(crashes, 0.7) if config["threads"] == 2 and config["flash"] == "on" else only("flash")(config)
+
+    left, (attempt,) = pruned(tmp_path, worth, {"threads": 1, "flash": "on"}, [({"flash": "on"}, 0.5)])
+    assert left == {"threads": 1, "flash": "on"}
+    assert attempt.sentence == "threads: kept, because it could not be measured without"
 
 
 def test_a_single_change_is_the_shortest_there_is(tmp_path):
@@ -390,12 +684,20 @@ def test_a_single_change_is_the_shortest_there_is(tmp_path):
 
 
 def test_what_a_constraint_forbids_is_not_tried(tmp_path):
-    left, attempts = pruned(tmp_path, only("parallel"), {"parallel": 1, "threads": 1, "flash": "on"})
+    left, attempts = pruned(tmp_path, only("parallel"), {"parallel": 1, "threads": 1, "flash": "on"}, FLASH_IS_CLEAR)
     assert [a.dropped for a in attempts] == [("parallel", "threads"), ("parallel",)]
     assert left == {"parallel": 1, "threads": 1, "flash": "on"}
 
 
-def test_a_group_that_a_constraint_forbids_leaves_all_as_it_is(tmp_path):
+def test_where_a_constraint_forbids_the_group_its_changes_are_asked_about_one_by_one(tmp_path):
+    """The default of `threads` needs more than `parallel` 1."""
+    changes = {"parallel": 1, "threads": 1, "flash": "on"}
+    left, attempts = pruned(tmp_path, only("parallel"), changes, [({"parallel": 1}, 0.6)])
+    assert [a.dropped for a in attempts] == [("flash",)]
+    assert left == {"parallel": 1, "threads": 1}
+
+
+def test_a_change_that_a_constraint_forbids_to_drop_stays(tmp_path):
     """`threads` would go first, and its default needs more than `parallel` 1."""
     tried = [({"parallel": 1}, 0.6), ({"threads": 1}, 1.0)]
     changes = {"parallel": 1, "threads": 1}
@@ -404,7 +706,9 @@ def test_a_group_that_a_constraint_forbids_leaves_all_as_it_is(tmp_path):
 
 def test_what_cannot_be_measured_without_is_kept(tmp_path):
     def worth(config):
-        return 0.7 if config["flash"] == "on" and config["threads"] == 1 else 1.0 if config["flash"] == "auto" else None
+        return (
+            0.7 if config["flash"] == "on" and config["threads"] == 1 else 1.0 if config["flash"] == "auto" else "crash"
+        )
 
     left, (attempt, *_) = pruned(tmp_path, worth, {"threads": 1, "flash": "on"})
     assert left == {"threads": 1, "flash": "on"}
@@ -423,22 +727,35 @@ def test_a_pruning_that_was_cut_short_goes_on_and_asks_nothing_twice(tmp_path):
             raise KeyboardInterrupt
 
     with Journal.create(tmp_path, HEADER) as journal:
-        confirmed(journal, launcher, ALL)
+        confirmed(journal, launcher, ALL, FLASH_IS_CLEAR)
         with pytest.raises(KeyboardInterrupt):
             prune(journal, launcher, SPACE, 6, cut_short)
     began = []
     with Journal.resume(tmp_path) as journal:
         prune(journal, launcher, SPACE, 6, lambda names, number: began.append((names, number)))
         assert began == [(("parallel",), n) for n in range(2, 6)] + [(("threads",), n) for n in range(6)]
-        _, attempts = shortened(journal.study)
-        assert len(attempts) == MOST_PRUNE_TESTS
+        assert len(shortened(journal.study)[1]) == 3
         prune(journal, launcher, SPACE, 6, lambda *_: pytest.fail("nothing is left to ask"))
+
+
+def test_no_more_than_six_attempts_are_made_also_over_several_runs(tmp_path):
+    names = [f"extra{n}" for n in range(MOST_PRUNE_TESTS + 2)]
+    wide = SearchSpace(
+        (*SPACE.parameters, *(Int(name=n, meaning="One of many.", default=0, low=0, high=1) for n in names))
+    )
+    launcher = engine(tmp_path, lambda config: 0.97 ** sum(config.get(n, 0) for n in names))
+    asked = []
+    with Journal.create(tmp_path, HEADER) as journal:
+        confirmed(journal, launcher, dict.fromkeys(names, 1))
+        for _ in range(2):
+            prune(journal, launcher, wide, 6, lambda names, number: asked.append(names))
+    assert list(dict.fromkeys(asked)) == [(n,) for n in names[:MOST_PRUNE_TESTS]]
 
 
 def test_pruning_runs_in_abba_order_with_a_log_for_each_pair(tmp_path):
     launcher = engine(tmp_path, only("flash"))
     with Journal.create(tmp_path, HEADER) as journal:
-        confirmed(journal, launcher, ALL)
+        confirmed(journal, launcher, ALL, FLASH_IS_CLEAR)
         before = len(launcher.launched)
         prune(journal, launcher, SPACE, 6, nobody)
     runs = launcher.launched[before:]
@@ -458,11 +775,11 @@ def test_without_a_saving_there_is_nothing_to_shorten(tmp_path):
 def test_pruning_in_a_new_segment_starts_anew(tmp_path):
     launcher = engine(tmp_path, only("flash"))
     with Journal.create(tmp_path, HEADER) as journal:
-        confirmed(journal, launcher, ALL)
+        confirmed(journal, launcher, ALL, FLASH_IS_CLEAR)
         prune(journal, launcher, SPACE, 6, nobody)
         journal.append(Segment(number=1, differences=("host",), machine={}, identity={}))
         elsewhere = replace(launcher, segment=1)
-        confirmed(journal, elsewhere, ALL)
+        confirmed(journal, elsewhere, ALL, FLASH_IS_CLEAR, pairs=8)
         assert shortened(journal.study)[1] == ()
         began = []
         prune(journal, elsewhere, SPACE, 6, lambda names, number: began.append(number))
@@ -488,6 +805,30 @@ def test_an_attempt_on_another_setting_does_not_count(tmp_path):
                 )
             )
         assert shortened(journal.study) == ({**SPACE.default(), **ALL}, ())
+
+
+def test_what_can_stay_at_its_default_is_said_behind_the_saving(tmp_path):
+    launcher = engine(tmp_path, only("flash"))
+    with Journal.create(tmp_path, HEADER) as journal:
+        confirmed(journal, launcher, ALL, FLASH_IS_CLEAR)
+        prune(journal, launcher, SPACE, 6, nobody)
+        assert concluded(journal.study).endswith(" parallel, threads can stay at default: at most 0.0 % more.")
+
+
+def test_dropping_what_costs_energy_is_not_said_to_cost_less_than_nothing(tmp_path):
+    launcher = engine(tmp_path, lambda c: only("flash")(c) * (1.05 if c["threads"] == 1 else 1))
+    with Journal.create(tmp_path, HEADER) as journal:
+        confirmed(journal, launcher, ALL, FLASH_IS_CLEAR)
+        prune(journal, launcher, SPACE, 6, nobody)
+        assert concluded(journal.study).endswith(" parallel, threads can stay at default: at most 0.0 % more.")
+
+
+def test_what_has_to_stay_changed_is_not_said_behind_the_saving(tmp_path):
+    launcher = engine(tmp_path, only("parallel"))
+    with Journal.create(tmp_path, HEADER) as journal:
+        confirmed(journal, launcher, ALL, FLASH_IS_CLEAR)
+        prune(journal, launcher, SPACE, 6, nobody)
+        assert re.search(r"pairs\)\. threads can stay at default: at most 0\.\d % more\.$", concluded(journal.study))
 
 
 def study_with(folder, ratios):

@@ -875,6 +875,30 @@ def test_where_the_watchdog_is_killed_as_well_the_ledger_stays_for(gpu, said, th
     assert pending() == []
 
 
+# --- somebody else's GPU ---------------------------------------------------------------------
+
+
+def test_a_gpu_that_another_tuner_changes_is_named_while_it_does(gpu):
+    assert control.held() == []
+    with running(gpu):
+        assert control.held() == [
+            "another tune changes power and clock of GPU-aaaa at this moment: what is measured on it means nothing"
+        ]
+    eventually(lambda: not control._is_held("GPU-aaaa"))
+    assert control.held() == []
+
+
+def test_a_state_folder_that_cannot_be_had_holds_no_gpu(monkeypatch):
+    monkeypatch.setattr(control, "_folder", lambda: (_ for _ in ()).throw(Refused("no home folder")))
+    assert control.held() == []
+
+
+def test_the_gpus_that_are_held_are_known_by_their_uuids_in_order(gpus):
+    gpus.add("GPU-bbbb").add("GPU-aaaa")
+    with held() as power:
+        assert power.uuids == ("GPU-bbbb", "GPU-aaaa")
+
+
 # --- tune restore ----------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 import contextlib
+import json
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,16 +10,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import trial, window
 
-from tuner.confirm import Saving, saving
-from tuner.cost import Amount, CostOptions, Interval, assess, digits_text, rows
+from tuner.confirm import Saving, concluded, saving
+from tuner.cost import (
+    NOT_COUNTED,
+    Amount,
+    CostOptions,
+    Interval,
+    assess,
+    digits_text,
+    record,
+    rows,
+    saving_record,
+)
+from tuner.intervals import paired_interval
 from tuner.journal import Header, Pair, Prune, Segment, Study
 from tuner.space import Refused
+from tuner.summary import interval, noise
 from tuner.trial import (
     Decision,
     Energy,
     Exchange,
     History,
     Lost,
+    Noise,
     Proposal,
     Repeat,
     Reply,
@@ -205,13 +220,14 @@ def test_energies_come_from_the_fresh_pairs_and_not_from_the_search():
     assert found.default.joules_per_unit.value == pytest.approx((1.0 * 1.01 * 1.02) ** (1 / 3))
     assert found.best.joules_per_unit.value == pytest.approx(math.sqrt(0.7 * 0.705))
     assert (found.default.fresh_pairs, found.best.fresh_pairs) == (6, 6)
-    assert said(found)["best"] == "trial 1: 702 mJ/token, from 6 fresh pairs"
+    assert said(found)["best"] == "trial 1: 702 mJ/token (95 % CI 700 mJ to 705 mJ), from 6 fresh pairs"
 
 
 def test_without_pairs_the_searchs_figures_are_named_as_such_and_as_not_confirmed():
     lines = said(assessed(pairs=()))
-    assert lines["default"] == "1.10 J/token, the search's own figure"
-    assert lines["best"] == "trial 1: 600 mJ/token, the search's own figure, not confirmed"
+    own = "the search's own figure, with the noise assumed"
+    assert lines["default"] == f"1.10 J/token (95 % CI 1.06 J to 1.14 J), {own}"
+    assert lines["best"] == f"trial 1: 600 mJ/token (95 % CI 577 mJ to 624 mJ), {own}, not confirmed"
     assert lines["saving"] == "none shown: nothing was confirmed; `tune confirm results/s` measures fresh pairs"
 
 
@@ -220,16 +236,59 @@ def test_a_year_is_365_days_of_the_load():
     assert found.best.per_year.kwh.value == pytest.approx(found.best.per_million.kwh.value * 50 * 365)
 
 
-def test_the_saving_is_the_confirmations_with_its_interval():
+def test_the_saving_spans_the_intervals_of_the_share_and_of_the_defaults_level():
     found = assessed()
     shown = saving(PAIRS, study().header)
-    default = found.default.joules_per_unit.value
+    default = found.default.joules_per_unit
     assert found.saved.joules_per_unit == Interval(
-        default * (1 - shown.ratio), default * (1 - shown.high), default * (1 - shown.low)
+        default.value * (1 - shown.ratio), default.low * (1 - shown.high), default.high * (1 - shown.low)
     )
     year = found.saved.per_year
-    assert year.cost.value == pytest.approx(default * (1 - shown.ratio) * 50e6 * 365 * 1.2 / 3.6e6 * 0.25)
-    assert year.grams.low == pytest.approx(default * (1 - shown.high) * 50e6 * 365 * 1.2 / 3.6e6 * 400)
+    assert year.cost.value == pytest.approx(default.value * (1 - shown.ratio) * 50e6 * 365 * 1.2 / 3.6e6 * 0.25)
+    assert year.grams.low == pytest.approx(default.low * (1 - shown.high) * 50e6 * 365 * 1.2 / 3.6e6 * 400)
+
+
+levels = st.floats(min_value=0.5, max_value=2.0)
+
+
+@given(st.lists(st.tuples(levels, levels), min_size=6, max_size=9))
+def test_each_side_of_fresh_pairs_has_the_interval_of_its_own_launches(energies):
+    found = assessed(pairs=[pair(n, *each) for n, each in enumerate(energies)])
+    for figure, side in zip((found.default, found.best), zip(*energies, strict=True), strict=True):
+        low, high = paired_interval([math.log(value) for value in side])
+        expected = (statistics.geometric_mean(side), math.exp(low), math.exp(high))
+        joules = figure.joules_per_unit
+        assert (joules.value, joules.low, joules.high) == pytest.approx(expected, rel=1e-12)
+        assert joules.low <= joules.value <= joules.high
+        assert (figure.ends, figure.sampling) == ("95 % CI", joules)
+
+
+def test_the_interval_goes_into_kwh_money_and_carbon_of_a_million_and_of_a_year():
+    for figure in (assessed().default, assessed(pairs=()).best):
+        each = figure.joules_per_unit
+        assert each.low < each.value < each.high
+        for amount, units in ((figure.per_million, 1e6), (figure.per_year, 50e6 * 365)):
+            for name, rate in (("kwh", 1.0), ("cost", 0.25), ("grams", 400.0)):
+                for end in ("low", "value", "high"):
+                    expected = getattr(each, end) * units * 1.2 / 3.6e6 * rate
+                    assert getattr(getattr(amount, name), end) == pytest.approx(expected)
+
+
+def test_below_six_pairs_there_is_no_interval_and_it_is_said():
+    for count, launches in ((5, "5 fresh pairs (5 launches"), (1, "1 fresh pair (1 launch")):
+        found = assessed(pairs=PAIRS[:count])
+        assert found.default.joules_per_unit.low == found.default.joules_per_unit.high
+        assert (found.default.ends, found.default.sampling) == (None, None)
+        assert said(found)["default"].endswith(f"J/token, from {launches}, too few for an interval)")
+
+
+def test_the_searchs_own_figure_has_the_interval_that_the_search_gives_it():
+    history = History(trials=(launch(0, 1.1), launch(1, 0.6)), noise=Noise(0.01, 7, "calibration c"))
+    found = assessed(history=history, pairs=())
+    joules = found.best.joules_per_unit
+    assert (joules.low, joules.high) == interval(history.trials[1], noise(history))
+    line = said(found)["best"]
+    assert line == "trial 1: 600 mJ/token (95 % CI 586 mJ to 614 mJ), the search's own figure, not confirmed"
 
 
 @given(st.lists(st.tuples(positive, positive), min_size=6, max_size=6), positive)
@@ -269,6 +328,17 @@ def test_a_saving_has_a_number_exactly_when_the_pairs_show_one(energies, spent):
 )
 def test_where_no_saving_is_shown_the_reason_stands_in_its_place(found, reason):
     assert said(assessed(found, NOTHING))["saving"] == f"none shown: {reason}"
+
+
+def test_a_setting_that_failed_in_fresh_launches_is_why_nothing_is_shown():
+    pairs = [*PAIRS[:5], replace(PAIRS[5], best=trial(1, BEST, error="crash"))]
+    lines = said(assess(study(pairs=pairs), None, NOTHING))
+    assert lines["saving"] == "none shown: the best setting failed in some of its fresh launches"
+
+
+def test_an_interval_of_more_than_95_percent_says_so():
+    shown = replace(saving(PAIRS, study().header), confidence=0.975)
+    assert said(assess(study(), shown, NOTHING))["saving"] == "30 % (97.5 % CI 30 to 31 %, 6 fresh pairs)"
 
 
 def test_pairs_that_are_not_complete_claim_nothing_whatever_they_show():
@@ -319,7 +389,46 @@ def test_an_estimates_sums_span_its_power_range():
         assert figure.joules_per_unit.high == pytest.approx(value * 1.5)
     assert found.saved.joules_per_unit.low == pytest.approx(0.5 * (1 - 0.8))
     assert found.saved.joules_per_unit.high == pytest.approx(1.5 * (1 - 0.6))
-    assert said(found)["default"] == "1.00 J/token (500 mJ to 1.50 J), estimated, from 6 fresh pairs"
+    assert said(found)["default"] == (
+        "1.00 J/token (the wider of 95 % CI and power range 500 mJ to 1.50 J), estimated, from 6 fresh pairs"
+    )
+
+
+def test_an_estimate_that_scatters_beyond_its_power_range_has_the_wider_end():
+    pairs = [pair(n, 0.1 if n % 2 else 10.0, quality="estimated") for n in range(6)]
+    joules = assessed(pairs=pairs).default.joules_per_unit
+    assert (joules.low, joules.high) == pytest.approx((0.1, 10.0))
+
+
+def test_an_estimates_payback_has_the_intervals_and_not_the_power_range():
+    pairs = [replace(p, default=launch(0, v, quality="estimated")) for p, v in zip(PAIRS, (1, 1.1) * 3, strict=True)]
+    shown = Saving(ratio=0.7, low=0.6, high=0.8, pairs=6, quality="estimated", best_joules_per_unit=0.7)
+    found = assess(study(pairs=pairs), shown, ALL)
+    assert found.payback.units.low == pytest.approx(14_000 / (1.1 * 0.4))
+    assert found.payback.units.high == pytest.approx(14_000 / (1.0 * 0.2))
+
+
+def stepped(number, joules):
+    """A launch whose counter moves in steps of 2 J: 100 tokens, 1 J up or down."""
+    ran = launch(number, joules)
+    energy = Energy(100 * joules, 100 * joules - 1, 100 * joules + 1)
+    return replace(ran, measurements=(replace(ran.measurements[0], energy={"cpu0": energy}),))
+
+
+def test_the_steps_of_a_counter_come_on_top_of_the_interval():
+    pairs = [replace(pair(n), default=stepped(0, 1.0 + 0.1 * (n % 2)), best=stepped(1, 0.7)) for n in range(6)]
+    found = assessed(pairs=pairs)
+    joules = found.default.joules_per_unit
+    assert (joules.low, joules.high) == pytest.approx((0.99, 1.11), abs=1e-4)
+    assert found.default.ends == "95 % CI and the counter's steps"
+    alone = assessed(pairs=pairs[:1])
+    assert (alone.default.joules_per_unit.low, alone.default.ends) == (pytest.approx(0.99), "the counter's steps")
+
+
+def test_an_estimates_range_alone_is_named_as_such():
+    lines = said(assessed(pairs=[pair(0, quality="estimated")]))
+    source = "from 1 fresh pair (1 launch, too few for an interval)"
+    assert lines["default"] == f"1.00 J/token (power range 500 mJ to 1.50 J), estimated, {source}"
 
 
 def test_an_estimate_of_nothing_is_zero_and_not_an_error():
@@ -484,15 +593,21 @@ def test_a_saving_that_may_be_worth_nothing_may_never_earn_the_llm_back():
 
 def test_a_whole_assessment_reads_from_the_figures_to_what_is_missing():
     assert rows(with_chat((40_000, 5_000))) == [
-        ("default", "1.01 J/token, from 6 fresh pairs"),
-        ("default, 1M tokens", "0.337 kWh, 0.084 EUR, 130 gCO2e"),
-        ("default, a year", "6 140 kWh, 1 500 EUR, 2 500 kgCO2e"),
-        ("best", "trial 1: 702 mJ/token, from 6 fresh pairs"),
-        ("best, 1M tokens", "0.234 kWh, 0.059 EUR, 94 gCO2e"),
-        ("best, a year", "4 270 kWh, 1 100 EUR, 1 700 kgCO2e"),
+        ("default", "1.01 J/token (95 % CI 1.00 J to 1.02 J), from 6 fresh pairs"),
+        ("default, 1M tokens", "0.337 kWh (0.333 to 0.340), 0.084 EUR (0.083 to 0.085), 135 gCO2e (133 to 136)"),
+        (
+            "default, a year",
+            "6 140 kWh (6 080 to 6 200), 1 540 EUR (1 520 to 1 550), 2 460 kgCO2e (2 430 to 2 480)",
+        ),
+        ("best", "trial 1: 702 mJ/token (95 % CI 700 mJ to 705 mJ), from 6 fresh pairs"),
+        (
+            "best, 1M tokens",
+            "0.234 kWh (0.233 to 0.235), 0.0585 EUR (0.0583 to 0.0587), 93.7 gCO2e (93.3 to 94.0)",
+        ),
+        ("best, a year", "4 270 kWh (4 260 to 4 290), 1 070 EUR (1 060 to 1 070), 1 710 kgCO2e (1 700 to 1 720)"),
         ("saving", "30 % (95 % CI 30 to 31 %, 6 fresh pairs)"),
-        ("saved, 1M tokens", "0.102 kWh (0.0993 to 0.106), 0.026 EUR (0.025 to 0.026), 41 gCO2e (40 to 42)"),
-        ("saved a year", "1 870 kWh (1 810 to 1 930), 470 EUR (450 to 480), 750 kgCO2e (720 to 770)"),
+        ("saved, 1M tokens", "0.102 kWh (0.0983 to 0.107), 0.026 EUR (0.025 to 0.027), 41 gCO2e (39 to 43)"),
+        ("saved a year", "1 870 kWh (1 790 to 1 950), 470 EUR (450 to 490), 750 kgCO2e (720 to 780)"),
         ("tuning took", "0.00467 kWh, 0.0012 EUR, 1.9 gCO2e; 14 launches"),
         ("LLM", "1 prompt, 40 000 tokens in and 5 000 out: 0.15 EUR"),
         ("pays back", "after 46 000 tokens (44 000 to 47 000), 1.3 minutes (1.3 minutes to 1.4 minutes) of that load"),
@@ -500,7 +615,7 @@ def test_a_whole_assessment_reads_from_the_figures_to_what_is_missing():
             "pays back, LLM too",
             (
                 "in money after 5.9 million tokens (5.7 million to 6.1 million),"
-                " 2.8 hours (2.7 hours to 2.9 hours) of that load"
+                " 2.8 hours (2.7 hours to 3.0 hours) of that load"
             ),
         ),
         (
@@ -511,16 +626,18 @@ def test_a_whole_assessment_reads_from_the_figures_to_what_is_missing():
             ),
         ),
         ("boundary", "cpu0 only, not the whole system"),
-        (
-            "not counted",
-            "making the hardware (embodied emissions), the LLM provider's energy, launches that a crash cut short",
-        ),
+        ("not counted", NOT_COUNTED),
     ]
+
+
+def test_what_happens_between_launches_is_named_as_not_counted():
+    for part in ("cooling down", "starting workers", "waiting for the LLM or for a person", "calibration"):
+        assert part in said(assessed())["not counted"]
 
 
 def test_without_a_price_and_an_intensity_there_is_energy_only_and_it_is_said():
     lines = said(assessed(options=NOTHING))
-    assert lines["default, 1M tokens"] == "0.281 kWh"
+    assert lines["default, 1M tokens"] == "0.281 kWh (0.278 to 0.283)"
     assert lines["counted"] == (
         "no price (--price); no carbon intensity (--carbon); PUE 1, so nothing is added for the building"
     )
@@ -531,7 +648,8 @@ def test_without_a_price_and_an_intensity_there_is_energy_only_and_it_is_said():
 def test_money_is_written_in_its_currency(currency, cost):
     options = CostOptions(price_per_kwh=0.3, currency=currency)
     trials = [launch(0, 1.0)]
-    assert said(assessed(options=options, trials=trials, pairs=()))["default, 1M tokens"] == f"0.278 kWh, {cost}"
+    line = said(assessed(options=options, trials=trials, pairs=()))["default, 1M tokens"]
+    assert line == f"0.278 kWh (0.267 to 0.289), {cost} (0.080 to 0.087)"
 
 
 def test_images_are_counted_as_images():
@@ -561,7 +679,7 @@ def test_two_digits_look_like_this(value, text):
     ("units_per_day", "spent", "text"),
     [
         (50e6, 1e3, "46 000 tokens (44 000 to 47 000), 1.3 minutes (1.3 minutes to 1.4 minutes)"),
-        (1e9, 1e6, "46 million tokens (44 million to 47 million), 1.1 hours (1.1 hours to 1.1 hours)"),
+        (1e9, 1e6, "46 million tokens (44 million to 47 million), 1.1 hours (1.0 hours to 1.1 hours)"),
         (1e9, 1e8, "4.6 billion tokens (4.4 billion to 4.7 billion), 4.6 days (4.4 days to 4.7 days)"),
         (1e6, 1e11, "4.6 trillion tokens (4.4 trillion to 4.7 trillion), 12 000 years (12 000 years to 13 000 years)"),
     ],
@@ -587,3 +705,67 @@ def test_an_empty_study_is_assessed_too():
 def test_a_trial_that_was_never_measured_makes_no_figure():
     assert isinstance(trial(0, error="x"), Trial)
     assert assessed(trials=[trial(0, error="x")], pairs=()).default is None
+
+
+# --- as JSON ---------------------------------------------------------------------------------
+
+
+def test_the_record_has_every_figure_with_its_ends_and_what_it_is():
+    found = with_chat((40_000, 5_000))
+    plain = json.loads(json.dumps(record(found), allow_nan=False))
+    for name, figure in (("default", found.default), ("best", found.best)):
+        each = figure.joules_per_unit
+        assert plain[name]["joules_per_unit"] == {"value": each.value, "low": each.low, "high": each.high}
+        assert (plain[name]["ends"], plain[name]["quality"]) == ("95 % CI", "measured")
+        assert plain[name]["per_year"]["cost"]["low"] == figure.per_year.cost.low
+    assert plain["options"]["price_per_kwh"] == 0.25
+    assert plain["options"]["currency"] == "EUR"
+    assert plain["saved"]["per_million"]["grams"]["high"] == found.saved.per_million.grams.high
+    assert plain["payback"]["days"]["value"] == found.payback.days.value
+    assert (plain["confirmed"], plain["pairs"], plain["planned"]) == (True, 6, 6)
+    lines = said(found)
+    for name in ("counted", "boundary", "not_counted"):
+        assert plain[name] == lines[name.replace("_", " ")]
+
+
+def test_the_record_names_no_folder():
+    assert "results/s" not in json.dumps(record(assessed()))
+
+
+@given(positive, st.sampled_from(["measured", "estimated"]))
+def test_the_record_is_strict_json_and_comes_back_as_it_was(joules, quality):
+    plain = record(assessed(trials=[launch(0, joules, quality=quality)], pairs=()))
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+
+
+def test_what_is_unbounded_is_null():
+    none = replace(window(1.0, quality="estimated"), energy={"cpu0": Energy(100.0, 0.0, 200.0)})
+    pairs = [replace(pair(n), default=replace(launch(0, 1.0), measurements=(none,))) for n in range(6)]
+    shown = Saving(ratio=0.7, low=0.6, high=0.8, pairs=6, quality="estimated", best_joules_per_unit=0.7)
+    trials = [launch(0, 1.1), replace(launch(1, 0.6), proposal=chat((1_000_000, 0)))]
+    assert record(assess(study(trials=trials, pairs=pairs), shown, ALL))["payback_money"]["units"]["high"] is None
+
+
+def test_a_default_of_which_nothing_may_be_left_may_never_pay_back():
+    """A counter whose steps are as large as what it read."""
+    coarse = replace(window(1.0), energy={"cpu0": Energy(100.0, 0.0, 200.0)})
+    pairs = [replace(pair(n), default=replace(launch(0, 1.0), measurements=(coarse,))) for n in range(6)]
+    shown = Saving(ratio=0.7, low=0.6, high=0.8, pairs=6, quality="measured", best_joules_per_unit=0.7)
+    assert assess(study(pairs=pairs), shown, ALL).payback.units.high == math.inf
+
+
+def test_a_saving_is_recorded_with_its_interval_and_its_sentence():
+    found = study()
+    shown = saving(found.pairs, found.header)
+    plain = json.loads(json.dumps(saving_record(shown, concluded(found)), allow_nan=False))
+    assert (plain["ratio"], plain["low"], plain["high"]) == (shown.ratio, shown.low, shown.high)
+    assert (plain["pairs"], plain["quality"], plain["shown"]) == (6, "measured", True)
+    assert plain["sentence"].startswith("Trial 1 saves 30 % (95 % CI ")
+
+
+def test_without_a_confirmation_the_record_says_so_and_has_no_number():
+    plain = saving_record(None, None)
+    assert plain.pop("sentence") == "Not confirmed, so no saving is claimed."
+    assert plain.pop("shown") is False
+    assert set(plain) >= {"ratio", "low", "high", "pairs", "quality"}
+    assert set(plain.values()) == {None}

@@ -14,10 +14,10 @@ from records import SPACE, trial, window
 from rich.console import Console
 
 from tuner.display import Screen
-from tuner.journal import End, Header, Segment, Study
+from tuner.journal import End, Header, Pair, Segment, Study
 from tuner.space import Choice, Int, Refused, SearchSpace
 from tuner.summary import Usage
-from tuner.trial import Decision, History, Message, Proposal, Target
+from tuner.trial import Decision, History, Message, Proposal, Repeat, Target
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 EVIL = "\x1b[31mred\x1b]52;c;c3Rv\x07 [bold]markup[/bold] \u202eend"
@@ -562,6 +562,33 @@ def test_the_summary_holds_best_against_default_and_what_it_took():
     assert "\n  run  --it\n" in out, "a command is never respaced"
 
 
+@pytest.mark.parametrize(
+    ("shown", "label"),
+    [(True, "launch it with\n"), (False, "launch the best of the search with (not shown to save)\n")],
+)
+def test_a_command_whose_saving_is_not_confirmed_says_so(shown, label):
+    assert f"\n{label}  run  --it\n" in summed(HISTORY, shown=shown)
+
+
+def test_a_summary_says_where_the_machine_drifted():
+    lived = HISTORY
+    for number in range(1, 4):
+        lived = lived.add(trial(number))
+    lived = lived.add(Repeat(trial=trial(0, joules=(1.2,) * 3), purpose="sentinel", after=4))
+    assert "drift trial 0 used 20 % more when it ran again, so trials 1 to 3 compare badly" in one_line(summed(lived))
+
+
+def test_windows_that_did_not_count_in_the_confirmation_are_counted_too():
+    cut = replace(trial(0), measurements=(window(1.0), window(1.0, invalid=["cpu0: the counter went back by 3 J"])))
+    pair = Pair(number=0, default=cut, best=trial(1), default_first=True, config={}, planned=6)
+    said = one_line(summed(HISTORY, pairs=[pair]))
+    assert "windows 8 measured, 1 of them did not count: cpu0: the counter went back by 3 J" in said
+
+
+def test_a_summary_without_a_search_says_nothing_of_why_it_stopped():
+    assert "stopped" not in summed(HISTORY, end=None)
+
+
 def test_a_launch_command_is_one_line_however_long_it_is():
     assert f"  {'word ' * 60}end\n" in summed(HISTORY, command="word " * 60 + "end")
 
@@ -597,6 +624,14 @@ def test_a_report_lists_every_trial_with_its_failure_or_its_doubts():
         assert part in out
     assert max(map(len, desk.out.splitlines())) <= 80
     assert desk.err == ""
+
+
+def test_a_doubt_that_several_trials_share_is_said_once_with_their_numbers():
+    desk = Desk()
+    spread = [trial(n, {"parallel": 8}, joules=(0.5, 0.9 + 0.1 * n, 0.7)) for n in (1, 2)]
+    desk.screen.report(Study(folder=Path("x"), header=header(), history=HISTORY.add(spread[0]).add(spread[1])))
+    assert "trials 1, 2, in the words of trial 1: the windows differ by 34 %" in one_line(desk.out)
+    assert one_line(desk.out).count("the windows differ") == 1
 
 
 def test_a_report_keeps_segments_apart():

@@ -1,3 +1,4 @@
+import itertools
 import json
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tuner.evaluate import (
     out_of_memory_kills,
 )
 from tuner.journal import JournalError, Plan
+from tuner.meters import MeterOptions
 from tuner.meters.rapl import ROOT_VARIABLE
 from tuner.telemetry import Sampler
 from tuner.trial import Energy, Idle, Measurement, Meter, Proposal, Target, Work
@@ -293,10 +295,11 @@ def test_two_trials_at_once_do_not_disturb_each_other(tmp_path):
     assert "SIGSEGV" in outcome[1]
 
 
-def test_the_next_trial_waits_until_the_gpus_memory_is_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("meter", ["nvml", "wall"])
+def test_the_next_trial_waits_until_the_gpus_memory_is_back(tmp_path, monkeypatch, meter):
     levels, waited = iter([1 << 30, 9 << 30, 9 << 30, 1 << 30]), []
     monkeypatch.setattr("tuner.meters.nvml.used_memory_bytes", lambda: next(levels))
-    run = launcher(tmp_path, meters=("nvml",), report=lambda number, phase: waited.append(phase))
+    run = launcher(tmp_path, meters=(meter,), report=lambda number, phase: waited.append(phase))
     monkeypatch.setattr(Launcher, "_run", lambda *_: Result(error="stands for an engine on a GPU"))
     run(0, proposal())
     assert waited == ["waiting for GPU memory"] * 2
@@ -347,6 +350,19 @@ def test_idle_power_is_measured_with_the_trials_it_is_asked_for(tmp_path):
     assert "measuring idle power" in seen
 
 
+def test_around_the_loaded_idle_window_clocks_fall_and_the_engine_gets_warm_again(tmp_path):
+    seen = []
+    plan = replace(QUICK, windows=1, warm_up_seconds=(0.6, 30.0))
+    run = launcher(tmp_path, plan=plan, idle_seconds_for=lambda _: 1.0, report=lambda _, phase: seen.append(phase))
+    trial = run(0, proposal())
+    phases = [phase for phase, _ in itertools.groupby(seen)]
+    around = phases[phases.index("warming up") :]
+    assert around[:4] == ["warming up", "letting the clocks fall", "measuring idle power", "warming up"]
+    # The one that the windows follow is on record.
+    assert trial.warm_up.seconds >= 0.6
+    assert trial.seconds >= 2 * 1.0 + 0.5 + 2 * 0.6
+
+
 def test_idle_power_that_does_not_count_is_no_reason_to_fail(tmp_path, monkeypatch):
     monkeypatch.setenv(ROOT_VARIABLE, str(rapl_tree(tmp_path)))
     run = launcher(tmp_path, meters=("rapl",), idle_seconds_for=lambda _: 0.1)
@@ -395,6 +411,14 @@ def test_waiting_for_idle_power_is_not_held_against_the_engine(tmp_path):
     assert trial.seconds > 3
 
 
+@pytest.mark.parametrize(
+    ("idle", "warm_up", "allowance"),
+    [(0.0, (10.0, 120.0), 0.0), (10.0, (10.0, 120.0), 145.0), (2.0, None, 5.0)],
+)
+def test_what_idle_power_takes_is_two_windows_a_wait_and_a_warm_up(tmp_path, idle, warm_up, allowance):
+    assert launcher(tmp_path, plan=replace(QUICK, warm_up_seconds=warm_up))._allowance(idle) == allowance
+
+
 def test_an_engine_that_makes_too_few_tokens_measures_nothing(tmp_path):
     trial = launcher(tmp_path)(0, proposal("short"))
     assert trial.error == "no valid window in 4: a pass brought 5 tokens, 6 were asked for (prompts x output tokens)"
@@ -417,7 +441,7 @@ class Thermometer:
 def cooling(tmp_path, monkeypatch):
     """Runs trials that do nothing, and says how often each had to wait."""
 
-    def run(trials, *readings, **plan):
+    def run(trials, *readings, known=None, **plan):
         thermometer, waits = Thermometer(*readings), []
         monkeypatch.setattr(Sampler, "celsius", lambda _: thermometer.celsius())
         monkeypatch.setattr(Launcher, "_run", lambda *_: Result(error="stands for an engine"))
@@ -426,9 +450,9 @@ def cooling(tmp_path, monkeypatch):
             tmp_path,
             plan=replace(QUICK, **{"cool_down_seconds": 60.0, **plan}),
             report=lambda n, phase: waits.append((n, phase)),
+            known=known or Known(),
         )
-        for number in range(trials):
-            launch(number, proposal())
+        run.trials = [launch(number, proposal()) for number in range(trials)]
         return waits
 
     return run
@@ -460,6 +484,27 @@ def test_a_device_that_stays_warm_is_not_waited_for_for_ever(cooling):
 )
 def test_without_a_temperature_or_the_wish_there_is_no_wait(cooling, readings, plan):
     assert cooling(3, *readings, **plan) == []
+
+
+def test_a_trial_records_the_temperatures_that_it_starts_with(cooling):
+    hot, cool = {"gpu0_celsius": 70.0}, {"gpu0_celsius": 41.0}
+    cooling(2, {"gpu0_celsius": 40.0}, hot, cool)
+    assert [t.start_celsius for t in cooling.trials] == [{"gpu0_celsius": 40.0}, cool]
+
+
+def test_a_cool_down_that_was_not_reached_shows_in_the_record(cooling):
+    cooling(2, {"gpu0_celsius": 40.0}, {"gpu0_celsius": 70.0}, cool_down_seconds=0.05)
+    assert cooling.trials[1].start_celsius == {"gpu0_celsius": 70.0}
+
+
+def test_a_trial_that_does_not_cool_down_records_its_temperatures_all_the_same(cooling):
+    cooling(1, {"gpu0_celsius": 40.0}, cool_down_seconds=0.0)
+    assert cooling.trials[0].start_celsius == {"gpu0_celsius": 40.0}
+
+
+def test_a_resumed_study_cools_down_to_where_its_first_trial_began(cooling):
+    hot, cool = {"gpu0_celsius": 70.0}, {"gpu0_celsius": 40.0}
+    assert cooling(1, hot, cool, known=Known(celsius={"gpu0_celsius": 40.0})) == [(0, "cooling down")]
 
 
 # --- with a GPU's counter --------------------------------------------------------------------
@@ -514,6 +559,27 @@ def test_what_a_gpu_says_makes_windows_invalid(tmp_path, gpu, facts, most_others
     trial = launcher(tmp_path, meters=("nvml",), plan=plan)(0, proposal())
     assert trial.error.startswith(f"no valid window in 1: {cause}")
     assert trial.spent["gpu0"].joules > 200
+
+
+AT_THE_WALL = {
+    "meters": ("wall",),
+    "meter_options": MeterOptions.parse(wall_command="echo 300 W", wall_interval=0.5).record(),
+}
+
+
+def test_what_a_gpu_says_makes_windows_at_the_wall_invalid_too(tmp_path, gpu):
+    gpu(processes=[4194305])
+    plan = replace(QUICK, windows=1, window_seconds=0.1, retries=0, most_others=0.99)
+    trial = launcher(tmp_path, plan=plan, **AT_THE_WALL)(0, proposal())
+    assert trial.error.startswith("no valid window in 1: gpu0: process 4194305 is on it too")
+    assert trial.start_celsius["gpu0_celsius"] == 60
+
+
+def test_a_window_of_sampled_power_is_not_called_aligned(tmp_path):
+    plan = replace(QUICK, windows=1, window_seconds=1.3)
+    (window,) = launcher(tmp_path, plan=plan, **AT_THE_WALL)(0, proposal()).valid
+    assert (window.quality, window.aligned) == ("sampled", False)
+    assert window.joules / window.seconds == pytest.approx(300, rel=0.01)
 
 
 def test_a_trial_whose_meter_cannot_be_opened_cost_nobody_knows_what(tmp_path, gpu):

@@ -73,7 +73,7 @@ def test_a_row_tells_all_about_its_measurement(tmp_path):
         "study": "s-1", "stage": "search", "trial": 1, "launch": 1, "segment": 0,
         "source": "rules", "in_place_of": "llm", "window": 1, "valid": True,
         "mean_joules_per_unit": 0.5, "mean_low": pytest.approx(0.4807795), "mean_high": pytest.approx(0.5199889),
-        "mean_launches": 1, "indistinguishable_from_best": False,
+        "mean_launches": 1, "indistinguishable_from_best": False, "drifted": False,
         "param_parallel": 4, "param_threads": 2, "param_flash": "auto",
         "effective_threads": 2, "joules_cpu0": 50.0, "joules": 50.0, "joules_low": 50.0, "joules_high": 50.0,
         "units": 100, "unit": "token", "joules_per_unit": 0.5, "seconds": 2.0, "units_per_second": 50.0,
@@ -438,3 +438,59 @@ def test_a_pair_has_no_mean_of_the_search():
     pair = Pair(number=0, default=trial(0), best=trial(1), default_first=True, config={}, planned=6)
     found = list(export.rows(study(trial(0), pairs=(pair,))))
     assert [r["mean_launches"] for r in found if r["stage"] == "confirm"] == [None] * 6
+
+
+def sentinel(joules, after, segment=0):
+    return Repeat(trial=trial(0, joules=(joules,), segment=segment), purpose="sentinel", after=after)
+
+
+def test_launches_between_two_that_show_a_drift_are_marked_and_those_two_are_not():
+    history = History(noise=Noise(0.005, 20, "calibration"))
+    for number in range(3):
+        history = history.add(trial(number, {"parallel": 4 + number}, joules=(1.0,)))
+    history = history.add(sentinel(1.0, 3))
+    history = history.add(trial(3, {"parallel": 7}, joules=(1.1,)))
+    history = history.add(Repeat(trial=trial(3, {"parallel": 7}, joules=(1.1,)), purpose="contender", after=4))
+    history = history.add(trial(4, {"parallel": 8}, joules=(1.1,)))
+    history = history.add(sentinel(1.2, 5))
+    history = history.add(trial(5, {"parallel": 9}, joules=(1.1,)))
+    found = list(export.rows(replace(study(), history=history)))
+    assert [(r["stage"], r["trial"], r["drifted"]) for r in found] == [
+        ("search", 0, False),
+        ("search", 1, False),
+        ("search", 2, False),
+        ("repeat", 0, False),
+        ("search", 3, True),
+        ("repeat", 3, True),
+        ("search", 4, True),
+        ("repeat", 0, False),
+        ("search", 5, False),
+    ]
+
+
+def test_a_drift_marks_the_launches_of_its_own_segment_alone():
+    history = History(noise=Noise(0.005, 20, "calibration"))
+    history = history.add(trial(0, joules=(1.0,))).add(trial(1, {"parallel": 8}, joules=(1.0,)))
+    history = history.add(sentinel(1.2, 2))
+    history = history.add(trial(2, joules=(1.0,), segment=1)).add(trial(3, {"parallel": 8}, joules=(1.0,), segment=1))
+    later = Segment(number=1, differences=("cpu",), machine={}, identity={})
+    found = list(export.rows(replace(study(segments=(later,)), history=history)))
+    # The first segment has no calibration by now; its only repeat drifted by 18 %, far beyond the assumed noise.
+    assert [(r["segment"], r["trial"], r["drifted"]) for r in found] == [
+        (0, 0, False), (0, 1, True), (0, 0, False), (1, 2, False), (1, 3, False),
+    ]  # fmt: skip
+
+
+def test_a_pair_is_in_no_stretch_of_the_search():
+    pair = Pair(number=0, default=trial(0), best=trial(1), default_first=True, config={}, planned=6)
+    found = list(export.rows(study(trial(0), pairs=(pair,))))
+    assert {r["drifted"] for r in found if r["stage"] == "confirm"} == {None}
+
+
+def test_json_holds_the_saving_and_the_costs_where_they_are_given(tmp_path):
+    given_saving, given_costs = {"ratio": 0.7, "sentence": "s"}, {"default": {"per_year": None}}
+    export.to_json(study(trial(0)), tmp_path / "t.json", saving=given_saving, costs=given_costs)
+    document = json.loads((tmp_path / "t.json").read_text())
+    assert (document["saving"], document["costs"]) == (given_saving, given_costs)
+    export.to_json(study(trial(0)), tmp_path / "t.json")
+    assert not {"saving", "costs"} & set(json.loads((tmp_path / "t.json").read_text()))

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuner.journal import (
+    FORMAT,
     NAME,
     Changes,
     End,
@@ -25,7 +26,7 @@ from tuner.journal import (
     read,
 )
 from tuner.space import Refused
-from tuner.trial import Decision, Energy, Exchange, Measurement, Proposal, Reply, Target, Trial, Work
+from tuner.trial import Decision, Energy, Exchange, Measurement, Proposal, Repeat, Reply, Target, Trial, Work
 
 HEADER = Header(name="s", workload="llama", target=Target(), proposer="rules", machine={"cpu": "X"})
 
@@ -128,6 +129,64 @@ def test_a_torn_last_line_is_cut_off_before_the_next_append(folder):
     assert [t.number for t in read(folder).history.trials] == [0, 1]
     for line in (folder / NAME).read_text().splitlines():
         json.loads(line)
+
+
+def of_format_1(folder, trials=1):
+    """A journal as an older tune wrote it."""
+    with Journal.create(folder, HEADER) as journal:
+        for n in range(trials):
+            journal.append(some_trial(n))
+    path = folder / NAME
+    path.write_bytes(path.read_bytes().replace(f'"format":{FORMAT}'.encode(), b'"format":1', 1))
+    return path
+
+
+def test_a_journal_of_an_older_format_that_goes_on_says_the_present_one_in_its_first_line(folder):
+    path = of_format_1(folder)
+    _, *before = path.read_bytes().splitlines()
+    with Journal.resume(folder) as journal:
+        assert journal.study.header == HEADER
+        journal.append(Repeat(trial=some_trial(0), purpose="contender", after=1))
+    first, *lines = path.read_bytes().splitlines()
+    assert json.loads(first)["format"] == FORMAT
+    assert lines[:1] == before
+    assert read(folder) == journal.study
+
+
+def test_a_journal_of_an_older_format_that_is_only_read_stays_as_it_is(folder):
+    path = of_format_1(folder)
+    before = path.read_bytes()
+    assert len(read(folder).history) == 1
+    assert path.read_bytes() == before
+
+
+def test_a_journal_of_an_older_format_loses_nothing_where_its_new_first_line_cannot_be_written(folder, monkeypatch):
+    path = of_format_1(folder)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(JournalError, match="can be read but not continued"):
+        Journal.resume(folder)
+    assert path.read_bytes() == before
+
+
+def test_a_torn_last_line_of_an_older_format_is_cut_off_too(folder):
+    path = of_format_1(folder)
+    with path.open("ab") as file:
+        file.write(b'{"kind":"trial","bo')
+    Journal.resume(folder).close()
+    assert [json.loads(line)["kind"] for line in path.read_text().splitlines()] == ["study", "trial"]
+
+
+def test_an_event_of_a_newer_tune_is_not_called_damage(folder):
+    Journal.create(folder, HEADER).close()
+    with (folder / NAME).open("ab") as file:
+        file.write(b'{"kind":"seance","at":1.0,"body":{}}\n')
+    with pytest.raises(Refused, match="line 2 holds 'seance', which this tune does not know; use a newer one"):
+        read(folder)
 
 
 def test_a_torn_middle_line_is_named_by_its_number(folder):

@@ -16,7 +16,7 @@ from tuner.measure import (
     idle_watts,
     implausible,
     measure,
-    rewarm,
+    settling_seconds,
     together,
     unfinished,
     warm_up,
@@ -69,7 +69,11 @@ class Watched(Sampler):
         self.seen.append((start, end))
         return Telemetry(samples=1, spans={"gpu0_celsius": Span(40, 41, 42)}), self.slow, self.there
 
-    def celsius_per_second(self):
+    def celsius(self):
+        return {"gpu0_celsius": 40.0}
+
+    def celsius_per_second(self, since):
+        self.since = since
         return next(self.slopes, None)
 
     def limit_watts(self):
@@ -313,6 +317,15 @@ def test_a_fast_counter_is_read_as_it_is():
     assert window.valid
 
 
+@pytest.mark.parametrize("quality", ["sampled", "replayed", "simulated", "estimated"])
+def test_what_grows_without_steps_is_not_waited_for_and_not_called_aligned(quality):
+    clock = Clock()
+    meter = Burner(clock)
+    meter.quality, meter.update_seconds = quality, 1.0
+    (window,) = run(meter, Plan(windows=1, window_seconds=1), clock=clock)
+    assert (window.valid, window.aligned, window.seconds, clock.waits) == (True, False, 1.0, [])
+
+
 def test_an_edge_that_cannot_be_read_is_a_cause():
     clock = Clock()
     meter = Stepper(clock, gpu0=0.1)
@@ -485,9 +498,10 @@ class Curve(Engine):
         return Work(units=units, failed_requests=0 if units else 1)
 
 
-def warmed(engine, clock, least, most, sampler=None):
-    told = []
-    done = warm_up(engine, Plan(warm_up_seconds=(least, most)), clocks_of(clock), told.append, sampler)
+def warmed(engine, clock, least, most, sampler=None, quality="measured"):
+    told, meter = [], Burner(clock)
+    meter.quality = quality
+    done = warm_up(engine, meter, Plan(warm_up_seconds=(least, most)), clocks_of(clock), told.append, sampler)
     assert told == ["warming up"]
     return done
 
@@ -495,7 +509,7 @@ def warmed(engine, clock, least, most, sampler=None):
 def test_a_plan_without_warm_up_runs_no_pass():
     clock = Clock()
     engine = Engine(clock)
-    assert warm_up(engine, Plan(), clocks_of(clock), lambda phase: None) is None
+    assert warm_up(engine, Burner(clock), Plan(), clocks_of(clock), lambda phase: None) is None
     assert engine.passes == 0
 
 
@@ -537,6 +551,41 @@ def test_a_device_that_still_warms_is_waited_for():
     assert (done.steady, done.seconds) == (True, 6.0)
 
 
+@pytest.mark.parametrize("quality", ["measured", "sampled"])
+def test_a_temperature_that_is_not_known_yet_is_not_called_steady(quality):
+    clock = Clock()
+    done = warmed(Engine(clock), clock, 1, 60, Watched(slope=[None] * 7 + [0.0]), quality)
+    assert (done.steady, done.seconds) == (True, 8.0)
+
+
+def test_a_temperature_that_never_gets_known_is_waited_for_until_the_time_is_over():
+    clock = Clock()
+    done = warmed(Engine(clock), clock, 1, 10, Watched())
+    assert (done.steady, done.seconds) == (False, 10.0)
+
+
+def test_without_a_thermometer_the_throughput_alone_decides():
+    clock = Clock()
+    sampler = Watched()
+    sampler.celsius = dict
+    done = warmed(Engine(clock), clock, 1, 60, sampler)
+    assert (done.steady, done.seconds) == (True, 3.0)
+
+
+@pytest.mark.parametrize("quality", ["estimated", "replayed", "simulated"])
+def test_temperature_says_nothing_where_no_hardware_is_read(quality):
+    clock = Clock()
+    done = warmed(Engine(clock), clock, 1, 60, Watched(slope=[9.0] * 60), quality)
+    assert (done.steady, done.seconds) == (True, 3.0)
+
+
+def test_only_the_temperature_since_the_load_began_counts():
+    clock = Clock(100.0)
+    sampler = Watched(slope=[0.0] * 60)
+    warmed(Engine(clock), clock, 1, 60, sampler)
+    assert sampler.since == 100.0
+
+
 def test_requests_that_fail_do_not_make_an_engine_steady():
     clock = Clock()
     assert not warmed(Curve(clock, 0), clock, 1, 10).steady
@@ -548,15 +597,6 @@ def test_slices_agree_whatever_their_order(rates):
     assert agree(rates) == (max(rates) - min(rates) <= 0.02 * math.fsum(rates) / 3)
 
 
-def test_after_a_wait_one_slice_goes_unmeasured():
-    clock = Clock()
-    engine = Engine(clock)
-    rewarm(engine, Plan(warm_up_seconds=(10, 120)), clocks_of(clock))
-    assert engine.passes == 3
-    rewarm(engine, Plan(), clocks_of(clock))
-    assert engine.passes == 4
-
-
 # --- idle power ------------------------------------------------------------------------------
 
 
@@ -565,6 +605,11 @@ def test_idle_power_is_the_energy_of_all_domains_while_nothing_is_asked():
     meter = Stepper(clock, watts=30, gpu0=0.1, cpu0=0.001)
     assert idle_watts(meter, 10.0, Plan(), clocks_of(clock)) == pytest.approx(60, rel=0.001)
     assert max(clock.waits) == 10.0
+
+
+@pytest.mark.parametrize(("idle", "settling"), [(0.0, 0.0), (2.0, 1.0), (10.0, 5.0), (60.0, 5.0)])
+def test_clocks_may_fall_for_half_of_the_idle_window_and_five_seconds_at_most(idle, settling):
+    assert settling_seconds(idle) == settling
 
 
 def test_idle_power_is_not_known_where_others_were_busy():

@@ -20,18 +20,20 @@ def built(tmp_path_factory):
     return folder
 
 
-def test_a_wheel_brings_prompts_and_runners_inside_the_package_and_no_other_package(built):
+def test_a_wheel_brings_prompts_runners_and_tables_inside_the_package_and_no_other_package(built):
     names = zipfile.ZipFile(next(built.glob("*.whl"))).namelist()
     assert "tuner/_bundled/prompts/enhanced.md.j2" in names
     assert "tuner/_bundled/runners/llama.py" in names
+    assert "tuner/_bundled/recorded/NOTICE" in names
+    assert "tuner/_bundled/recorded/tx2-inceptionv3-400px.json" in names
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"tuner"}
 
 
-def test_an_installed_wheel_finds_its_prompts_and_runners_from_any_folder(built, tmp_path):
+def test_an_installed_wheel_finds_its_prompts_runners_and_tables_from_any_folder(built, tmp_path):
     shutil.unpack_archive(next(built.glob("*.whl")), tmp_path / "site", format="zip")
     code = (
         "from tuner.files import find, shipped\n"
-        "for kind, name in (('prompts', 'baseline'), ('runners', 'llama')):\n"
+        "for kind, name in (('prompts', 'baseline'), ('runners', 'llama'), ('recorded', 'tx2-inceptionv3-400px')):\n"
         "    path = find(kind, name)\n"
         "    assert '_bundled' in str(path) and shipped(path), path"
     )
@@ -49,3 +51,4 @@ def test_a_source_archive_holds_what_a_wheel_is_built_from(built):
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert {"pyproject.toml", "prompts/enhanced.md.j2", "runners/llama.py", "tuner/cli.py", "LICENSE"} <= names
+    assert "results/recorded/tx2-inceptionv3-400px.csv" in names

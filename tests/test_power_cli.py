@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from test_cli import CALM, KEYS, TUNE, study, tune
-from test_control import gpus, unmeasured  # noqa: F401 - a fixture is used by its name
+from test_control import gpus, running, unmeasured  # noqa: F401 - a fixture is used by its name
 
 NO_PERMISSION = 4
 ON_GPU = [*CALM, "--fast", "--meter", "nvml", "--batch", "--proposer", "random", "--name", "s", "--cool-down", "0"]
@@ -115,6 +115,12 @@ def test_a_run_says_that_something_waits_to_be_put_back(gpu):
     gpu.leave_changed()
     done = tune("run", *ON_GPU, "--trials", 1)
     assert "tune restore" in done.stderr
+
+
+def test_a_run_warns_that_another_tuner_changes_the_gpu_meanwhile(gpu):
+    with running(gpu):
+        done = tune("run", *ON_GPU, "--trials", 1)
+    assert "another tune changes power and clock of GPU-aaaa at this moment" in done.stderr
 
 
 def test_doctor_says_that_something_waits_to_be_put_back(gpu):

@@ -100,7 +100,7 @@ def test_a_study_runs_to_its_last_sentence_and_is_judged_by_it(method):
     found = referee.study(case(method, effect=0.3))
     assert found["trials"] == 15
     assert found["claims"] is found["shown"] is True
-    assert re.match(r"Trial \d+ saves a simulated 30 % \(95 % CI ", found["sentence"])
+    assert re.match(r"Trial \d+ saves 30 % \(95 % CI [\d.]+ to [\d.]+ %, 8 pairs, simulated\)\.", found["sentence"])
     assert (found["found"], found["held"] is not None) == (True, True)
 
 
@@ -120,10 +120,13 @@ def test_a_search_of_single_launches_launches_each_trial_once():
 @pytest.mark.parametrize(
     ("sentence", "claims"),
     [
-        ("Trial 3 saves 30 % (95 % CI 27 to 33 %, 8 pairs).", True),
-        ("Trial 3 saves a simulated 5.1 % (95 % CI 2.2 to 8.0 %, 8 pairs, simulated).", True),
-        ("The best setting saves an estimated 12 % (95 % CI ...", True),
-        ("No saving shown: trial 3 against the default (95 % CI -1.0 to 3.0 %, 8 pairs).", False),
+        ("Trial 3 saves 31 % (95 % CI 27 to 35 %, 8 pairs).", True),
+        ("Trial 3 saves 5.1 % (95 % CI 2.2 to 8.0 %, 8 pairs, simulated).", True),
+        ("Trial 3 saves an estimated 12 % (95 % CI 9.6 to 14 %, 8 pairs, estimated from CPU time over ...", True),
+        ("Trial 3 saves 31 % (97.5 % CI 26 to 36 %, 8 pairs). This is confirmation 2 of this study; ...", True),
+        ("No saving shown: that of trial 3 has the 95 % CI -1.0 to 3.0 %, 8 pairs.", False),
+        ("No saving shown: 6 pairs are too few for an interval of 97.5 %.", False),
+        ("No saving is claimed: trial 3 failed in 1 of 8 fresh launches (crash). A setting that fails ...", False),
         ("No saving shown: no setting used less energy than the default.", False),
         ("Not confirmed, so no saving is claimed.", False),
         ("No saving is claimed: 3 of 8 fresh pairs are done.", False),

@@ -11,7 +11,7 @@ from records import SPACE, trial
 
 from tuner.journal import Header, Journal, Plan
 from tuner.proposers.first import DefaultFirst
-from tuner.repeats import Due, drifts, due, stretch_of
+from tuner.repeats import Due, Stretch, drifts, due, stretch_of
 from tuner.study import Again, at_most, run_study
 from tuner.trial import History, Noise, Proposal, Repeat, Target
 
@@ -280,8 +280,30 @@ def test_a_change_that_noise_explains_is_no_drift():
     assert drifts(drifted(1.05, noise=replace(NOISY, sigma=0.03))) == []
 
 
-def test_two_launches_show_no_drift_where_nothing_else_is_known_of_the_noise():
-    assert drifts(sentinel(past(1.0, 1.2, 1.2, 1.2), 0, 1.08)) == []
+@pytest.mark.parametrize(("change", "drift"), [(1.05, False), (1.07, True)])
+def test_where_nothing_is_known_of_the_noise_two_launches_are_judged_by_the_assumed_two_percent(change, drift):
+    """1.96 x 2 % x sqrt(2) is 5.5 % in ln: 1.057."""
+    assert bool(drifts(sentinel(past(1.0, 1.2, 1.2, 1.2), 0, change))) is drift
+
+
+def test_noise_between_occasions_does_not_hide_drift():
+    """The default twice on each of two occasions: 0.2 % apart within, 6 % between."""
+    history = again(past(1.0), Due(one(0, 1.0), "sentinel"), 1.002)
+    for number in range(1, 4):
+        history = history.add(one(number, 1.2))
+    (stretch,) = drifts(sentinel(sentinel(history, 0, 1.06), 0, 1.062))
+    assert (stretch.first, stretch.last) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("stretch", "says"),
+    [
+        (Stretch(1, 3, 0, 1.05), "trial 0 used 5.0 % more when it ran again, so trials 1 to 3 compare badly"),
+        (Stretch(2, 2, 1, 0.94), "trial 1 used 6.0 % less when it ran again, so trial 2 compares badly"),
+    ],
+)
+def test_drift_is_told_with_its_size_and_the_trials_it_touches(stretch, says):
+    assert stretch.sentence.startswith(f"the machine drifted: {says} with the others")
 
 
 def test_the_best_shows_drift_as_well_as_the_default():

@@ -54,10 +54,15 @@ def test_few_repeats_can_raise_the_assumed_noise_and_never_lower_it():
 
 
 def test_windows_widen_an_assumed_noise_but_not_a_known_one():
-    # ln(0.9, 1, 1.1) has sd 0.100377, half width 4.30265 * 0.100377 / sqrt(3) = 0.249351.
-    scattered = trial(0, joules=(0.9, 1.0, 1.1))
-    assert half_width(scattered, ASSUMED) == pytest.approx(0.249351, abs=1e-6)
+    # ln(0.98, 1, 1.02) has sd 0.020003, half width 4.30265 * 0.020003 / sqrt(3) = 0.049690; assumed: 1.96 * 0.02.
+    scattered = trial(0, joules=(0.98, 1.0, 1.02))
+    assert half_width(scattered, ASSUMED) == pytest.approx(0.049690, abs=1e-6)
     assert half_width(scattered, CALIBRATED) == pytest.approx(0.02364624)
+
+
+def test_windows_that_scatter_three_times_more_than_the_known_noise_says_are_believed():
+    # ln(0.9, 1, 1.1) has sd 0.100377, half width 4.30265 * 0.100377 / sqrt(3) = 0.249351.
+    assert half_width(trial(0, joules=(0.9, 1.0, 1.1)), CALIBRATED) == pytest.approx(0.249351, abs=1e-6)
 
 
 @pytest.mark.parametrize("unknown", [trial(0, error="killed"), trial(0, joules=(0.0,))])
@@ -351,8 +356,30 @@ def test_bytes_are_said_in_powers_of_a_thousand(size, text):
     assert summary.bytes_text(size) == text
 
 
+@pytest.mark.parametrize(
+    ("sigma", "text"),
+    [(0.04, "1.00 J/token ± 8.2 %"), (0.06, "1.00 J/token (889 mJ to 1.12 J)")],
+)
+def test_an_interval_wider_than_10_percent_shows_both_its_ends(sigma, text):
+    # 1.959964 * 0.06 = 0.117598, exp of it 1.1248 and its inverse 0.8891; 1.959964 * 0.04 = 0.0784.
+    assumed = Noise(sigma, 0, "assumed")
+    assert summary.energy_text(trial(0, joules=(1.0,)), assumed) == text
+
+
+def test_a_wide_interval_says_from_how_many_launches_it_is():
+    assert summary.interval_text(launched(0, 1.0, 1.0), Noise(0.1, 0, "assumed")) == "(871 mJ to 1.15 J) (2x)"
+
+
+def test_causes_that_differ_in_their_numbers_only_are_one_in_its_first_wording():
+    assert summary.grouped(["1.52 of 2 CPUs", "gpu0: reset", "1.48 of 2 CPUs", "gpu1: reset"]) == {
+        "1.52 of 2 CPUs": 2,
+        "gpu0: reset": 1,
+        "gpu1: reset": 1,
+    }
+
+
 def test_an_energy_that_is_not_measured_says_so():
-    estimated = replace(trial(0), measurements=tuple(window(j, quality="estimated") for j in (1.0, 1.1)))
+    estimated = replace(trial(0), measurements=tuple(window(j, quality="estimated") for j in (1.05, 1.05)))
     known = Noise(0.01, 7, "calibration")
     assert summary.energy_text(estimated, known) == "1.05 J/token ± 2.4 % estimated"
     assert summary.energy_text(launched(0, 1.0, 1.0), known) == "1.00 J/token ± 1.7 % (2x)"

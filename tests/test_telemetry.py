@@ -150,14 +150,28 @@ def test_a_machine_that_tells_nothing_has_no_gauges(watch, clock):
     assert (sampler.celsius(), sampler.celsius_per_second(), sampler.limit_watts()) == ({}, None, {})
 
 
-def test_a_meter_that_is_not_nvml_leaves_the_gpus_alone(gpu, watch, sysfs, clock):
-    taken(sampler := watch("rapl"), clock, 1.0)
+@pytest.mark.parametrize("meter", ["rapl", "estimate", "zeus"])
+def test_a_meter_that_counts_no_nvidia_gpu_leaves_them_alone(gpu, watch, clock, meter):
+    taken(sampler := watch(meter), clock, 1.0)
     assert sampler.between(0, 2).spans == {}
 
 
-def test_without_a_driver_there_are_no_gpus(gpu, watch, monkeypatch, clock):
+def test_gpus_are_watched_at_the_wall_too_and_the_cpu_with_them(gpu, watch, sysfs, clock):
+    sysfs.sensor(0, "coretemp", ("Package id 0", 61_000)).process(NOBODY, "blender")
+    sampler = watch("wall")
+    gpu(reasons=64, processes=[NOBODY])
+    taken(sampler, clock, 1.0)
+    seen, slow, strangers = sampler.end(sampler.begin(), 0.0, 2.0)
+    assert sampler.celsius() == {"gpu0_celsius": 50, "cpu_celsius": 61}
+    assert seen.spans["gpu0_sm_mhz"].mean == 1980
+    assert slow[0].startswith("gpu0: the hardware ran slower than asked (hardware thermal slowdown)")
+    assert strangers[0].startswith(f"gpu0: process {NOBODY} (blender) is on it too")
+
+
+@pytest.mark.parametrize("meter", ["nvml", "wall"])
+def test_without_a_driver_there_are_no_gpus(gpu, watch, monkeypatch, clock, meter):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    taken(sampler := watch("nvml"), clock, 1.0)
+    taken(sampler := watch(meter), clock, 1.0)
     assert sampler.between(0, 2).spans == {}
 
 
@@ -277,6 +291,14 @@ def test_the_device_that_warms_fastest_counts(watch):
 def test_only_the_last_ten_seconds_count(watch):
     series = [(float(t), {"cpu_celsius": float(min(t, 20))}) for t in range(40)]
     assert warming(watch, *series) == pytest.approx(0.0)
+
+
+def test_what_was_seen_before_the_load_began_says_nothing_of_the_slope(watch):
+    sampler = watch("rapl")
+    sampler._samples = [Sample(float(t), {"cpu_celsius": 50.0 + max(t - 20, 0)}, ()) for t in range(25)]
+    assert sampler.celsius_per_second(since=20.0) is None
+    sampler._samples.append(Sample(25.0, {"cpu_celsius": 55.0}, ()))
+    assert sampler.celsius_per_second(since=20.0) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

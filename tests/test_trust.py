@@ -34,6 +34,21 @@ def test_a_contender_and_every_fourth_trial_are_launched_again():
     assert f"4, and {len(history.repeats)} launched again" in done.stdout
 
 
+def test_one_launch_is_asked_for_with_repeats_1_and_no_sentinel_comes_either():
+    assert run("--proposer", "rules", "--repeats", "1", pairs=6, trials=4).returncode == 0
+    assert not study().history.repeats
+
+
+def test_a_resumed_study_of_too_few_pairs_makes_six():
+    run("--proposer", "rules", pairs=6, trials=1)
+    path = Path("results/s") / NAME
+    path.write_bytes(path.read_bytes().replace(b'"confirm_pairs":6', b'"confirm_pairs":4', 1))
+    assert study().header.confirm_pairs == 4
+    done = tune("run", "--resume", "results/s", "--batch")
+    assert "4 pairs show nothing with 95 % confidence: 6 are made" in done.stderr
+    assert study().header.confirm_pairs == 6
+
+
 def test_a_resumed_study_still_owes_what_it_owed():
     run("--proposer", "rules", "--repeats", "2", pairs=6, trials=4)
     path = Path("results/s") / NAME
@@ -73,6 +88,23 @@ def test_a_fast_study_is_confirmed_with_longer_windows():
     assert tune("report", "results/s").stdout.rstrip().endswith(done.stdout.rstrip().splitlines()[-1])
 
 
+def test_a_confirmation_says_what_it_will_do_before_it_begins():
+    run("--proposer", "rules")
+    best = study().history.best
+    done = tune("confirm", "results/s", "--pairs", 6, "--no-prune")
+    first = next(line for line in done.stderr.splitlines() if "against the default" in line)
+    assert first.startswith(f"trial {best.number} (")
+    assert ") against the default, 6 pairs, about " in first
+
+
+def test_a_confirmation_leaves_the_settings_of_the_study_alone():
+    run("--proposer", "rules")
+    before = study()
+    assert tune("confirm", "results/s", "--pairs", 6, "--no-prune").returncode in (0, 3)
+    assert study().header == before.header
+    assert b'"kind":"changes"' not in (Path("results/s") / NAME).read_bytes()
+
+
 def test_a_confirmation_that_was_interrupted_goes_on():
     run("--proposer", "rules")
     process = subprocess.Popen(
@@ -94,8 +126,9 @@ def test_a_confirmation_that_was_interrupted_goes_on():
 def test_a_confirmation_that_is_complete_is_not_measured_again():
     run("--proposer", "rules")
     tune("confirm", "results/s", "--pairs", 6, "--no-prune")
-    tune("confirm", "results/s", "--pairs", 6, "--no-prune")
+    again = tune("confirm", "results/s", "--pairs", 6, "--no-prune")
     assert len(study().pairs) == 6
+    assert "are in the journal and nothing is measured" in again.stderr
 
 
 def test_where_the_default_is_the_best_there_is_nothing_to_confirm():
@@ -117,7 +150,7 @@ def test_a_confirmation_on_another_engine_is_refused():
 
 @contextlib.contextmanager
 def calibrated(*more):
-    done = tune("calibrate", *CALM, "--launches", 3, *more)
+    done = tune("calibrate", *CALM, "--launches", 4, *more)
     assert done.returncode == 0, done.stderr
     yield done.stdout
 
@@ -126,7 +159,7 @@ def test_a_study_takes_its_noise_from_the_calibration_that_fits():
     with calibrated() as shown:
         assert "between launches" in shown
     run("--proposer", "rules", pairs=6, trials=1)
-    assert study().header.noise.degrees == 2
+    assert study().header.noise.degrees == 3
     assert "calibration" in study().header.noise.source
 
 
@@ -138,7 +171,7 @@ def test_a_calibration_of_other_windows_is_not_used_and_named():
 
 
 def test_an_engine_that_cannot_be_measured_cannot_be_calibrated():
-    done = tune("calibrate", *CALM, "--launches", 3, "--size", "wild", "--pin", "mode=raise")
+    done = tune("calibrate", *CALM, "--launches", 4, "--size", "wild", "--pin", "mode=raise")
     assert done.returncode == 1
     assert "the engine is on fire" in done.stderr
 

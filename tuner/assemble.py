@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tuner import machine
-from tuner.checks import COUNTER_PERIODS, PERIODS_IN_A_WINDOW
+from tuner.checks import COUNTER_PERIODS, PERIODS_IN_A_WINDOW, SAMPLED_WINDOW_SECONDS
 from tuner.files import find, load_runner, shipped
 from tuner.journal import NAME as JOURNAL
 from tuner.journal import Header, Plan, Segment, Study
@@ -92,9 +92,10 @@ def prepare(
         bench = _bench(header, meters, say, search=search)
     plan, asked_for = _planned(header.plan, meters), header.plan.window_seconds
     if asked_for and plan.window_seconds and plan.window_seconds > asked_for:
+        sampled = meters.quality == "sampled"
+        why = "thirty samples of power" if sampled else f"{PERIODS_IN_A_WINDOW} updates of the slowest counter"
         say(
-            f"windows last {plan.window_seconds:g} s and not {asked_for:g} s: {PERIODS_IN_A_WINDOW} updates of the"
-            " slowest counter; --fast keeps to what was asked for"
+            f"windows last {plan.window_seconds:g} s and not {asked_for:g} s: {why}{'; --fast keeps to what was asked for' if search else ''}"
         )
     return _with_noise(
         replace(
@@ -233,8 +234,7 @@ CPU_WARM_UP_SECONDS = (1.0, 10.0)
 
 GPU_WINDOW_SECONDS = 10.0
 CPU_WINDOW_SECONDS = 2.0
-WALL_WINDOW_SECONDS = 30.0
-"""A plug is asked about once a second: 30 samples, or a few steps of a counter that prints tenths of a watt-hour."""
+WALL_WINDOW_SECONDS = SAMPLED_WINDOW_SECONDS
 
 
 def counter_seconds(meters: MeterChoice) -> float:
@@ -251,6 +251,8 @@ def _planned(plan: Plan, meters: MeterChoice) -> Plan:
     usual = WALL_WINDOW_SECONDS if "wall" in meters.names else usual
     asked = plan.window_seconds or (usual / 2 if plan.fast else usual)
     least = 0.0 if plan.fast else PERIODS_IN_A_WINDOW * counter_seconds(meters)
+    if meters.quality == "sampled" and not plan.fast:
+        least = SAMPLED_WINDOW_SECONDS
     return replace(
         plan,
         window_seconds=max(asked, least),
@@ -264,13 +266,14 @@ def _cool_down_seconds(meters: MeterChoice) -> float:
     return 60.0 if "nvml" in meters.names else 30.0 if meters.quality in ("measured", "sampled") else 0.0
 
 
-def thorough(plan: Plan) -> Plan:
-    """The plan that a claim is measured with: that of the study, or the usual one where it was a fast one."""
+def thorough(plan: Plan, meters: MeterChoice) -> Plan:
+    """The plan that a claim is measured with: that of the study, or one of longer windows where it was a fast one."""
     if not plan.fast:
         return plan
-    return replace(
+    twice = replace(
         plan, fast=False, windows=max(plan.windows, Plan().windows), window_seconds=2 * (plan.window_seconds or 0.0)
     )
+    return _planned(twice, meters)
 
 
 def _counts_its_processor(bench: Bench) -> bool:
@@ -408,14 +411,14 @@ def llm_proposer(header: Header, bench: Bench, chat: Chat, keep: Keep = forget, 
     template = find("prompts", header.template or DEFAULT_TEMPLATE, local=False)
     view = view_of(header, bench)
     text = read_template(template)
-    for history in (History(), _rehearsal(bench.space)):
+    for history in (History(), rehearsal(bench.space)):
         render(text, template, view.of(bench.space, history))
     return Llm(
         chat=chat, template=template, fallback=open_classical("rules", header.seed), view=view, keep=keep, lose=lose
     )
 
 
-def _rehearsal(space: SearchSpace) -> History:
+def rehearsal(space: SearchSpace) -> History:
     """A made-up history with one of everything, so that a template's mistake shows before the first trial."""
     proposal = Proposal(config=space.default(), source="default")
     energy = {"cpu0": Energy(1.0, 1.0, 1.0)}

@@ -36,21 +36,31 @@ import msgspec
 from tuner import __version__, machine
 from tuner.assemble import Bench
 from tuner.checks import PERIODS_IN_A_WINDOW
+from tuner.control import split
 from tuner.evaluate import Launcher
 from tuner.files import state_folder
 from tuner.intervals import CONFIDENCE, LEAST_VALUES, SIGN_FLIP_BELOW, paired_interval, student_t
 from tuner.journal import Header
 from tuner.meters import MeterOptions, open_meter
-from tuner.space import Config, Refused
-from tuner.summary import joules_text, number_text, percent_text, quality_text, seconds_text
+from tuner.space import Config, Refused, Value
+from tuner.summary import (
+    FIT_FREEDOM,
+    joules_text,
+    number_text,
+    percent_text,
+    quality_text,
+    seconds_of_next,
+    seconds_text,
+)
 from tuner.trial import Idle, Meter, MeterError, Noise, Proposal, Target, Trial
 
 # Version 1: one calibration a file.
 FORMAT = 1
 
 LAUNCHES = 8
-LEAST_LAUNCHES = 3
-"""Of two launches the ends of sigma's 95 % interval would lie a factor of 72 apart, of three one of 12 (chi-square)."""
+LEAST_LAUNCHES = FIT_FREEDOM + 1
+"""Of fewer the noise is not believed (`tuner.summary.noise`): of three launches the ends of sigma's 95 % interval lie
+a factor of 12 apart (chi-square)."""
 
 FAILURES_IN_A_ROW = 3
 
@@ -556,7 +566,7 @@ def run_calibration(
         bench: as `prepare` made it.
         header: as `prepare` completed it.
         launcher: measures one launch; its `report` is replaced, and idle power is asked of it until it is known.
-        launches: at least 3.
+        launches: at least 4.
         report: told the launch's number and phase.
         say: told a sentence after each launch.
         keep: called once, with the calibration; also before an interruption goes on its way, when what was
@@ -564,7 +574,7 @@ def run_calibration(
 
     Raises:
         Refused: `launches` is too small.
-        CalibrationError: fewer than 3 launches could be measured.
+        CalibrationError: fewer than 4 launches could be measured.
     """
     if launches < LEAST_LAUNCHES:
         raise Refused(f"--launches {launches}: expected {LEAST_LAUNCHES} or more, since fewer show no spread")
@@ -585,20 +595,25 @@ def run_calibration(
     try:
         looked = _look(header.meters, options, report)
         found = replace(found, counters=looked.counters, agreements=looked.agreements, notes=looked.notes)
-        unchecked = looked.with_power
-        for number in range(launches):
-            beside = _UnderLoad(unchecked, options, report)
-            trial = _launch(launcher, number, found, beside)
-            found = replace(found, trials=(*found.trials, trial))
-            if trial.launch_joules_per_unit:
-                # One launch is enough for the check; the others are measured undisturbed.
-                found = replace(
-                    found, agreements=(*found.agreements, *beside.agreements), notes=(*found.notes, *beside.notes)
+        if looked.with_power:
+            # A launch of its own, which counts for nothing else: asking for power ten times a second disturbs it.
+            say("one launch more, to hold the counter against its power")
+            beside = _UnderLoad(looked.with_power, options, report)
+            tried = _launch(replace(launcher, idle_seconds_for=lambda _number: 0.0), 0, found, beside)
+            if not beside.agreements and not beside.notes:
+                names = " and ".join(looked.with_power)
+                beside.notes += (
+                    f"{names}: not compared with power under load: the launch for it {_launch_text(tried)}",
                 )
-                unchecked = ()
+            found = replace(
+                found, agreements=(*found.agreements, *beside.agreements), notes=(*found.notes, *beside.notes)
+            )
+        for number in range(launches):
+            trial = _launch(launcher, number, found, _UnderLoad((), options, report))
+            found = replace(found, trials=(*found.trials, trial))
             say(f"launch {number + 1} of {launches}: {_launch_text(trial)}")
             if number == 0 and trial.launch_joules_per_unit:
-                say(f"all {launches} launches take about {seconds_text(launches * trial.seconds)}")
+                say(f"the others take about {seconds_text((launches - 1) * seconds_of_next(trial))} together")
             last = found.trials[-FAILURES_IN_A_ROW:]
             if len(last) == FAILURES_IN_A_ROW and not any(t.launch_joules_per_unit for t in last):
                 say(f"{FAILURES_IN_A_ROW} launches failed in a row: no more are started")
@@ -930,6 +945,9 @@ def _conditions(c: Calibration) -> dict[tuple[str, str], str]:
             **{f"--{key.replace('_', '-')}": c.meter_options[key] for key in sorted(c.meter_options)},
         },
         "load": load,
+        # Noise is taken to be the same share for every setting, but a setting that was pinned is another engine.
+        # Power and clock of a GPU are none: a calibration never tunes them.
+        "setting": {f"--pin {name}": value for name, value in sorted(split(c.config)[0].items())},
         "plan": {"--windows": c.windows, "windows of": f"{c.window_seconds:g} s"},
     }
     return {(group, key): _said(value) for group, facts in groups.items() for key, value in facts.items()}
@@ -951,7 +969,7 @@ def _conditions_of_header(header: Header) -> dict[tuple[str, str], str]:
             target=header.target,
             windows=header.plan.windows,
             window_seconds=header.plan.window_seconds or 0.0,
-            config={},
+            config={str(p["name"]): v for p in header.space if isinstance(v := p.get("default"), Value)},
             planned=0,
         )
     )

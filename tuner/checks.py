@@ -23,6 +23,9 @@ PERIODS_IN_A_WINDOW = 100
 """A window begins and ends inside a period: over 100 of them the two ends are off by 1 % at most."""
 
 LEAST_WINDOW_SECONDS = 2.0
+SAMPLED_WINDOW_SECONDS = 30.0
+"""Power that is sampled about once a second: thirty samples."""
+
 LEAST_WINDOWS = 3
 LARGEST_SPREAD = 0.05
 LEAST_CPUS_BUSY = 0.05
@@ -67,6 +70,11 @@ def _short_windows(trial: Trial) -> str | None:
             f"windows of {seconds_text(shortest)} hold {shortest / periods[slowest]:.0f} updates of the {slowest}"
             f" counter, so each reading may be off by {percent_text(periods[slowest] / shortest)};"
             f" measure longer: --window {PERIODS_IN_A_WINDOW * periods[slowest]:g}s"
+        )
+    if trial.quality == "sampled" and shortest < SAMPLED_WINDOW_SECONDS:
+        return (
+            f"windows of {seconds_text(shortest)} hold few samples of power; measure longer:"
+            f" --window {SAMPLED_WINDOW_SECONDS:g}s"
         )
     if shortest < LEAST_WINDOW_SECONDS:
         return (
@@ -131,7 +139,8 @@ def _not_steady(trial: Trial) -> str | None:
     longer = max(warm_up.seconds, 1.0)
     return (
         f"the engine was not steady after {seconds_text(warm_up.seconds)} of warm-up (its throughput or its"
-        f" temperature still changed); give it longer: --warm-up {longer:.0f}s..{3 * longer:.0f}s"
+        f" temperature still changed, or could not be watched for 5 s);"
+        f" give it longer: --warm-up {longer:.0f}s..{3 * longer:.0f}s"
     )
 
 
@@ -153,12 +162,7 @@ def _drift(trial: Trial, history: History) -> str | None:
     stretch = stretch_of(trial, history)
     if stretch is None:
         return None
-    change = percent_text(abs(stretch.ratio - 1))
-    return (
-        f"the machine drifted: trial {stretch.sentinel} used {change} {'more' if stretch.ratio > 1 else 'less'} when it"
-        f" ran again, so trials {stretch.first} to {stretch.last} compare badly with the others; see what else runs or"
-        " heats up, the confirmation is not touched by it"
-    )
+    return stretch.sentence
 
 
 def _not_as_asked(trial: Trial) -> str | None:

@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -29,14 +29,18 @@ from tuner.space import Refused
 
 if TYPE_CHECKING:
     from tuner.assemble import Bench
+    from tuner.calls import Call
+    from tuner.compare import Question, Store
     from tuner.confirm import Saving
     from tuner.control import PowerControl
+    from tuner.convergence import Target as Goal
     from tuner.display import Screen
     from tuner.files import Kind
     from tuner.journal import Changes, End, Header, Journal, Plan
     from tuner.meters import MeterOptions
+    from tuner.outcome import Outcome
     from tuner.study import Threshold
-    from tuner.trial import Chat, Target
+    from tuner.trial import Chat, Target, Trial
 
 app = typer.Typer(
     name="tune",
@@ -63,6 +67,8 @@ STOP = "When to stop"
 MEASURE = "How it is measured"
 TRUST = "How sure to be"
 STUDY = "The study"
+COMPARE = "What is compared"
+OUTPUT = "What comes out"
 MONEY = "What it costs"
 
 
@@ -100,6 +106,21 @@ Pin = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=VALUE", help="Keep a parameter at a value. Repeatable.", rich_help_panel=SPACE),
 ]
+Narrow = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--range", metavar="NAME=LOW..HIGH", help="Narrow a parameter's range. Repeatable.", rich_help_panel=SPACE
+    ),
+]
+AllowPowerControl = Annotated[
+    bool,
+    typer.Option(
+        "--allow-power-control",
+        help="Also tune the GPU's power limit and locked SM clock. Needs root; they are put back afterwards."
+        " Left out, neither is touched.",
+        rich_help_panel=SPACE,
+    ),
+]
 MeterSpec = Annotated[
     str,
     typer.Option(
@@ -122,7 +143,8 @@ WallCommand = Annotated[
     str | None,
     typer.Option(
         metavar="CMD",
-        help="With --meter wall: a command that prints watts, joules or watt-hours.",
+        help="With --meter wall: a command that prints watts, joules or watt-hours. Write secrets as '${NAME}',"
+        " read from the environment.",
         rich_help_panel=MEASURE,
     ),
 ]
@@ -155,7 +177,7 @@ Window = Annotated[
     str | None,
     typer.Option(
         metavar="TIME",
-        help="Least length of one window; it holds whole passes. [default: 2s, on a GPU counter 10s]",
+        help="Least length of one window; it holds whole passes. [default: 2s, on a GPU counter 10s, at the wall 30s]",
         rich_help_panel=MEASURE,
     ),
 ]
@@ -222,7 +244,8 @@ def run(
     proposer: Annotated[
         str | None,
         typer.Option(
-            help="Propose without an LLM: `rules`, `sobol`, `random`, `tpe`, `gp` or `cmaes`.", rich_help_panel=PROPOSE
+            help="Propose without an LLM: `rules`, `sobol`, `random`, `tpe`, `gp`, `cmaes` or `grid`.",
+            rich_help_panel=PROPOSE,
         ),
     ] = None,
     batch: Annotated[
@@ -236,21 +259,8 @@ def run(
     seed: Seed = 0,
     allow_lossy: AllowLossy = False,
     pin: Pin = None,
-    narrow: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--range", metavar="NAME=LOW..HIGH", help="Narrow a parameter's range. Repeatable.", rich_help_panel=SPACE
-        ),
-    ] = None,
-    allow_power_control: Annotated[
-        bool,
-        typer.Option(
-            "--allow-power-control",
-            help="Also tune the GPU's power limit and locked SM clock. Needs root; they are put back afterwards."
-            " Left out, neither is touched.",
-            rich_help_panel=SPACE,
-        ),
-    ] = False,
+    narrow: Narrow = None,
+    allow_power_control: AllowPowerControl = False,
     threshold: Annotated[
         str | None,
         typer.Option(help="Stop at this energy: `0.8x` of the default's, or `0.45J` per token.", rich_help_panel=STOP),
@@ -515,7 +525,7 @@ def _plan(
         cool_down_seconds=_seconds_or_0("--cool-down", cool_down) if cool_down else None,
         most_others=most_others,
         launches=usual.launches if repeats == "auto" else int(repeats),
-        sentinel_every=0 if fast else usual.sentinel_every,
+        sentinel_every=0 if repeats == "1" else usual.sentinel_every,
         fast=fast,
     )
 
@@ -579,10 +589,10 @@ def _start(
 @contextlib.contextmanager
 def _powered(header: Header, bench: Bench, screen: Screen) -> Iterator[PowerControl | None]:
     """The GPUs held for this study, where their power and clock may be tuned."""
-    from tuner.control import PowerControl, pending
+    from tuner.control import PowerControl, held, pending
 
     if not header.power_control:
-        for sentence in pending():
+        for sentence in [*pending(), *held()]:
             screen.warn(sentence)
         yield None
         return
@@ -604,6 +614,10 @@ def _resume(screen: Screen, folder: Path, changes: Changes, *, batch: bool, forc
     with lock(folder), Journal.resume(folder) as journal:
         bench, segment = reopen(journal.study, force=force, say=screen.say)
         header = changes.made_to(journal.study.header)
+        if 0 < header.confirm_pairs < LEAST_PAIRS:
+            screen.say(f"{header.confirm_pairs} pairs show nothing with 95 % confidence: {LEAST_PAIRS} are made")
+            changes = replace(changes, confirm_pairs=LEAST_PAIRS)
+            header = changes.made_to(journal.study.header)
         chat = _open_chat(screen, header)
         _check_proposer(header, bench, chat)
         if segment:
@@ -698,7 +712,7 @@ def confirm(
     Both run in fresh processes, in ABBA order. Exit code 0: a saving is shown; 3: none is; 1: it could not be measured.
     """
     from tuner.assemble import reopen
-    from tuner.journal import Changes, Journal, lock, read
+    from tuner.journal import Journal, lock, read
     from tuner.session import Session
 
     _pairs("--pairs", pairs, or_none=False)
@@ -710,8 +724,7 @@ def confirm(
             raise Refused(f"{study}: nothing to confirm, no setting used less energy than the default")
         with lock(study), Journal.resume(study) as journal:
             bench, _ = reopen(journal.study, force=False, say=screen.say)
-            journal.append(Changes(confirm_pairs=pairs, prune=prune))
-            header = journal.study.header
+            header = replace(journal.study.header, confirm_pairs=pairs, prune=prune)
             with _signals(), _powered(header, bench, screen) as control:
                 found = Session(
                     screen=screen,
@@ -736,7 +749,7 @@ def calibrate(
     workload: Workload = "llama",
     launches: Annotated[
         int,
-        typer.Option(max=1000, help="Launches of one configuration, from 3; from 12 they are checked in pairs too."),
+        typer.Option(max=1000, help="Launches of one configuration, from 4; from 12 they are checked in pairs too."),
     ] = 8,
     model: Model = None,
     size: Size = None,
@@ -744,6 +757,7 @@ def calibrate(
     prompt_tokens: PromptTokens = 96,
     output_tokens: OutputTokens = 32,
     seed: Seed = 0,
+    allow_lossy: AllowLossy = False,
     pin: Pin = None,
     meter: MeterSpec = "auto",
     require_measured: RequireMeasured = False,
@@ -763,7 +777,7 @@ def calibrate(
     """Measure this machine's noise: the same configuration launched again and again, each time in a fresh process.
 
     Says how small a saving can be seen here, checks the counters, and keeps the result: `tune run` with the same
-    engine, model, load, windows and meter finds it. Ctrl-C keeps what is done, from three launches on.
+    engine, model, load, windows and meter finds it. Ctrl-C keeps what is done, from four launches on.
     Exit code 0: calibrated; 1: too little could be measured.
     """
     from tuner.assemble import prepare
@@ -785,6 +799,7 @@ def calibrate(
                 prompt_tokens=prompt_tokens,
                 output_tokens=output_tokens,
                 seed=seed,
+                allow_lossy=allow_lossy,
             ),
             proposer="default",
             pins=tuple(pin or ()),
@@ -829,7 +844,7 @@ def calibrate(
             screen.say(f"kept in {store(calibration)}")
 
         screen.working("calibration")
-        with _signals():
+        with _signals(), _powered(header, bench, screen):
             try:
                 run_calibration(bench, header, launcher, launches, report=screen.phase, say=screen.say, keep=keep)
             except CalibrationError as error:
@@ -887,7 +902,7 @@ def report(
 ) -> None:
     """Show a study as a table, with what its energy costs, or write its measurements to a file."""
     from tuner.confirm import concluded, shown_by
-    from tuner.cost import CostOptions, assess, rows
+    from tuner.cost import CostOptions, assess, record, rows, saving_record
     from tuner.journal import read
 
     with _screen() as screen:
@@ -896,15 +911,17 @@ def report(
             price=price, carbon=carbon, pue=pue, tokens_per_day=tokens_per_day, llm_price=llm_price
         )
         found = read(study)
+        shown = shown_by(found)[0]
+        costs = assess(found, shown, options)
         if csv is None and json is None:
-            screen.report(found, concluded(found), rows(assess(found, shown_by(found)[0], options)))
+            screen.report(found, concluded(found), rows(costs))
             return
         from tuner import export
 
         if csv is not None:
             export.to_csv(found, csv)
         if json is not None:
-            export.to_json(found, json)
+            export.to_json(found, json, saving=saving_record(shown, concluded(found)), costs=record(costs))
 
 
 @app.command()
@@ -956,6 +973,640 @@ def restore_gpus() -> None:
         restore(typer.echo)
 
 
+# --- tune tables, compare, record --------------------------------------------------------------
+
+
+@app.command()
+def tables(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One table in full: a name, or a CSV file.")
+    ] = None,
+) -> None:
+    """List the recorded problems that methods can be compared on: real measurements, looked up instead of run."""
+    from tuner.files import names
+    from tuner.replay import Table
+
+    with _screen() as screen:
+        if name is not None:
+            screen.table(Table.named(name))
+            return
+        screen.tables([Table.named(one) for one in names("recorded")])
+
+
+DEFAULT_METHODS = "rules,sobol,random,tpe"
+DEFAULT_SEEDS, DEFAULT_SEEDS_LLM, DEFAULT_SEEDS_LIVE = 50, 5, 3
+DEFAULT_PROPOSALS, DEFAULT_PROPOSALS_LIVE = 20, 12
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    studies: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[STUDY]...", help="Studies that exist already: results/NAME, two or more."),
+    ] = None,
+    table: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...|all",
+            help="Recorded problems, see `tune tables`: nothing is launched.",
+            rich_help_panel=COMPARE,
+        ),
+    ] = None,
+    workload: Annotated[
+        str | None,
+        typer.Option(
+            "--workload",
+            "-w",
+            help="A live engine: each method and seed is a study of its own, in fast mode.",
+            rich_help_panel=COMPARE,
+        ),
+    ] = None,
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="`rules`, `sobol`, `random`, `tpe`, `gp`, `cmaes`, `grid`, `largest` (the largest batch that meets the"
+            " limit), and templates: `enhanced`, `baseline` or files, with --llm.",
+            rich_help_panel=COMPARE,
+        ),
+    ] = DEFAULT_METHODS,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Runs of each method on each problem. [default: {DEFAULT_SEEDS}, with an LLM {DEFAULT_SEEDS_LLM},"
+            f" live {DEFAULT_SEEDS_LIVE}]",
+            rich_help_panel=COMPARE,
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            help="Proposals of each run, after the default."
+            f" [default: {DEFAULT_PROPOSALS}, live {DEFAULT_PROPOSALS_LIVE}]",
+            rich_help_panel=COMPARE,
+        ),
+    ] = None,
+    noise: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE|resample",
+            help="Noise on replayed energies: a standard deviation such as `4%`, or `resample` to draw from recorded"
+            " repeats. Left out, replay is exact.",
+            rich_help_panel=COMPARE,
+        ),
+    ] = None,
+    anonymise: Annotated[
+        bool,
+        typer.Option(
+            "--anonymise",
+            help="Run each table's twin too, without names: a method that does worse there remembered the table.",
+            rich_help_panel=COMPARE,
+        ),
+    ] = False,
+    llm: Annotated[
+        str | None,
+        typer.Option(
+            help="Who answers the templates: `openai:MODEL`, `anthropic:MODEL` or `paste`.", rich_help_panel=PROPOSE
+        ),
+    ] = None,
+    base_url: Annotated[str | None, typer.Option(help="Server of an `openai:` model.", rich_help_panel=PROPOSE)] = None,
+    max_prompts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Prompts in all; runs that it cuts short are listed as missing. Left out, there is no cap.",
+            rich_help_panel=PROPOSE,
+        ),
+    ] = None,
+    replay_llm: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="COMPARISON",
+            help="Take the answers stored with an earlier comparison; nobody is asked.",
+            rich_help_panel=PROPOSE,
+        ),
+    ] = None,
+    within: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE,...",
+            help="Converged is who gets so close to the best. [default: 5%,10%]",
+            rich_help_panel=STOP,
+        ),
+    ] = None,
+    threshold: Annotated[
+        str | None,
+        typer.Option(
+            help="Converged is who gets to `0.8x` of the default's energy, or to `0.45J`. No run stops there; on tables"
+            " the templates are told it.",
+            rich_help_panel=STOP,
+        ),
+    ] = None,
+    model: Model = None,
+    size: Size = None,
+    prompts: Prompts = 8,
+    prompt_tokens: PromptTokens = 96,
+    output_tokens: OutputTokens = 32,
+    allow_lossy: AllowLossy = False,
+    pin: Pin = None,
+    narrow: Narrow = None,
+    meter: MeterSpec = "auto",
+    require_measured: RequireMeasured = False,
+    cpu_watts: CpuWatts = None,
+    wall_command: WallCommand = None,
+    wall_url: WallUrl = None,
+    wall_unit: WallUnit = None,
+    wall_field: WallField = None,
+    wall_interval: WallInterval = None,
+    windows: Windows = 3,
+    window: Window = None,
+    timeout: Timeout = "10m",
+    warm_up: WarmUp = None,
+    cool_down: CoolDown = None,
+    most_others: MostOthers = 0.25,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The comparison's folder is `compare-NAME`. Left out, one is made.", rich_help_panel=STUDY),
+    ] = None,
+    results: Annotated[Path, typer.Option(help="Folder that holds the comparisons.", rich_help_panel=STUDY)] = Path(
+        "results"
+    ),
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="COMPARISON",
+            help="Go on with what is missing, or show a finished comparison again.",
+            rich_help_panel=STUDY,
+        ),
+    ] = None,
+    csv: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="A row for each method, problem and target; `-` is standard output.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Tidy CSV, a row for each proposal of each run.", rich_help_panel=OUTPUT),
+    ] = None,
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="All of it as JSON.", rich_help_panel=OUTPUT)] = None,
+    html: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="A report as one page, with figures; it needs no network.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    llm_price: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IN,OUT/M",
+            help="Price of a million input and output tokens of the LLM: `2.5,10/M`.",
+            rich_help_panel=MONEY,
+        ),
+    ] = None,
+) -> None:
+    """Compare methods: how many proposals each needs, how sure that is, and which can be told apart.
+
+    On recorded tables (`--table`), on a live engine (`--workload`), or in studies that exist already. Ctrl-C keeps
+    what is done, `--resume` goes on. Exit code 0: every run is there; 1: some are missing.
+    """
+    from tuner import compare as comparing
+    from tuner.cost import CostOptions
+    from tuner.outcome import parse_targets
+
+    with _screen() as screen:
+        _refuse_mixed_ways(context)
+        prices = CostOptions.parse(llm_price=llm_price).llm_prices
+        targets = parse_targets(within, threshold)
+        files = {"csv": csv, "steps": steps, "json": json, "html": html}
+        if studies:
+            outcome = _compare_studies(screen, studies, targets)
+        elif resume is not None:
+            asked = comparing.read_question(resume)
+            if max_prompts is not None:
+                asked = replace(asked, max_prompts=max_prompts)
+            if within is None:
+                targets = parse_targets(",".join(asked.targets) or None, asked.threshold)
+            outcome = _run_comparison(screen, asked, resume, targets, fresh=False)
+        else:
+            names = comparing.parse_methods(methods)
+            templates = any(map(comparing.uses_llm, names))
+            if replay_llm is not None:
+                earlier = comparing.read_question(replay_llm)
+                llm, base_url = earlier.llm, earlier.base_url
+            elif templates:
+                llm = _chat_for(llm, base_url, names)
+            elif llm:
+                raise Refused(f"--llm {llm}: none of these methods asks a model; add enhanced or baseline to --methods")
+            usual_seeds = DEFAULT_SEEDS_LIVE if workload else DEFAULT_SEEDS_LLM if templates else DEFAULT_SEEDS
+            usual_trials = DEFAULT_PROPOSALS_LIVE if workload else DEFAULT_PROPOSALS
+            about: dict[str, Any] = {
+                "name": name or time.strftime("%Y%m%d-%H%M%S"),
+                "methods": names,
+                "seeds": usual_seeds if seeds is None else seeds,
+                "trials": usual_trials if trials is None else trials,
+                "targets": (within,) if within else (),
+                "threshold": threshold,
+                "max_prompts": max_prompts,
+            }
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,90}", about["name"]):
+                raise Refused(f"--name {name!r}: expected letters, digits, dots, dashes and underscores, at most 90")
+            if workload is not None:
+                from tuner.journal import Header
+                from tuner.live import ask_workload
+
+                asked = ask_workload(
+                    Header(
+                        name="",
+                        workload=_lasting("runners", workload, named=True),
+                        target=_target(
+                            model=model,
+                            size=size,
+                            prompts=prompts,
+                            prompt_tokens=prompt_tokens,
+                            output_tokens=output_tokens,
+                            allow_lossy=allow_lossy,
+                        ),
+                        proposer="default",
+                        llm=llm,
+                        base_url=base_url,
+                        pins=tuple(pin or ()),
+                        ranges=tuple(narrow or ()),
+                        plan=_plan(
+                            windows=windows,
+                            window=window,
+                            timeout=timeout,
+                            warm_up=warm_up,
+                            cool_down=cool_down,
+                            most_others=most_others,
+                            fast=True,
+                        ),
+                        require_measured=require_measured,
+                        tune_version=__version__,
+                        started_unix=time.time(),
+                    ),
+                    meter=meter,
+                    options=_meter_options(
+                        cpu_watts=cpu_watts,
+                        wall_command=wall_command,
+                        wall_url=wall_url,
+                        wall_unit=wall_unit,
+                        wall_field=wall_field,
+                        wall_interval=wall_interval,
+                    ),
+                    screen=screen,
+                    **about,
+                )
+            else:
+                assert table is not None
+                asked = comparing.question(
+                    tables=comparing.parse_tables(table),
+                    anonymised=anonymise,
+                    noise_sigma=_noise(noise),
+                    resample=noise == "resample",
+                    llm=llm,
+                    base_url=base_url,
+                    replay_llm=str(replay_llm) if replay_llm else None,
+                    **about,
+                )
+            outcome = _run_comparison(screen, asked, results / f"compare-{asked.name}", targets, fresh=True)
+        outcome = replace(outcome, prices=prices)
+        _show_outcome(screen, outcome, files)
+    raise typer.Exit(FAILURE if outcome.missing else SUCCESS)
+
+
+_LIVE_ONLY = frozenset(
+    {
+        "model",
+        "size",
+        "prompts",
+        "prompt_tokens",
+        "output_tokens",
+        "allow_lossy",
+        "pin",
+        "narrow",
+        "meter",
+        "require_measured",
+        "cpu_watts",
+        "wall_command",
+        "wall_url",
+        "wall_unit",
+        "wall_field",
+        "wall_interval",
+        "windows",
+        "window",
+        "timeout",
+        "warm_up",
+        "cool_down",
+        "most_others",
+    }
+)
+_TABLE_ONLY = frozenset({"noise", "anonymise", "replay_llm"})
+_OUTPUTS = frozenset({"csv", "steps", "json", "html", "within", "llm_price"})
+
+
+def _refuse_mixed_ways(context: typer.Context) -> None:
+    """One thing is compared at a time, and an option that would change nothing is refused."""
+    ways = {"studies": "STUDY", "table": "--table", "workload": "--workload", "resume": "--resume"}
+    given = [way for way in ways if _given(context, way) and context.params[way]]
+    if not given:
+        raise Refused(
+            "what is compared? --table NAME or --table all (`tune tables` lists them), --workload NAME,"
+            " or the folders of two or more studies"
+        )
+    if len(given) > 1:
+        raise Refused(f"{ways[given[0]]} and {ways[given[1]]}: one thing is compared at a time; leave one of them out")
+    idle = {
+        "studies": ("threshold", *_OUTPUTS),
+        "resume": ("max_prompts", *_OUTPUTS),
+        "table": frozenset(context.params) - _LIVE_ONLY,
+        "workload": frozenset(context.params) - _TABLE_ONLY,
+    }[given[0]]
+    for option in context.command.params:
+        if option.name and option.name != given[0] and option.name not in idle and _given(context, option.name):
+            why = {
+                "studies": "existing studies are what they are",
+                "resume": "a comparison goes on as it was begun",
+                "table": "a recorded table runs no engine",
+                "workload": "a live engine is measured",
+            }[given[0]]
+            raise Refused(f"{option.opts[0]}: {why}; leave it out")
+
+
+def _noise(text: str | None) -> float:
+    if text is None or text == "resample":
+        return 0.0
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text)
+    if not match:
+        raise Refused(f"--noise {text[:40]!r}: expected a standard deviation such as 4% or 0.04, or resample")
+    return float(match[1]) / (100 if match[2] else 1)
+
+
+def _chat_for(llm: str | None, base_url: str | None, methods: tuple[str, ...]) -> str:
+    """The model that answers the templates. Raises `Refused` where nobody does."""
+    from tuner.chats import from_environment
+    from tuner.compare import uses_llm
+
+    if base_url and not llm:
+        raise Refused("--base-url: name the model of that server too, with --llm openai:MODEL")
+    chosen = llm or from_environment()
+    if chosen is None:
+        asking = next(filter(uses_llm, methods))
+        raise Refused(
+            f"--methods {asking}: which model? Pass --llm openai:MODEL, anthropic:MODEL or paste,"
+            " or --replay-llm COMPARISON for stored answers"
+        )
+    return chosen
+
+
+def _run_comparison(
+    screen: Screen, asked: Question, folder: Path, targets: tuple[Goal, ...], *, fresh: bool
+) -> Outcome:
+    """Make what is missing of a comparison, and analyse what is there."""
+    from tuner.chats import open_chat
+    from tuner.compare import HEADER, Store, make_runs, uses_llm
+    from tuner.convergence import check_targets
+    from tuner.journal import lock
+    from tuner.outcome import Outcome
+
+    check_targets(asked.problems, targets)
+    others = _stored_answers(asked)
+    chat: Chat | None = None
+    if asked.llm and others is None and any(map(uses_llm, asked.methods)):
+        person = screen.ask_paste if sys.stdin.isatty() else None
+        chat = open_chat(asked.llm, base_url=asked.base_url, ask_person=person, notify=screen.say)
+    if fresh and (folder / HEADER).exists():
+        raise Refused(f"{folder}: there is a comparison of that name; go on with `tune compare --resume {folder}`")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"{folder}: {error.strerror}; choose another place with --results") from error
+    for sentence in asked.left_out:
+        screen.say(sentence)
+    with lock(folder), Store.create(folder, asked) if fresh else Store(folder) as store:
+        screen.say(f"comparison: {folder}")
+        try:
+            with _signals():
+                if asked.study is None:
+                    make_runs(
+                        asked,
+                        store,
+                        chat=chat,
+                        others=others,
+                        report=screen.counted,
+                        inline_chat=asked.llm == "paste",
+                    )
+                else:
+                    _run_live(screen, asked, store, chat)
+        except BaseException as leaving:
+            if not isinstance(leaving, Exception):
+                screen.close()
+                screen.warn(f"stopped; {len(store.runs)} runs are kept. Go on with `tune compare --resume {folder}`")
+            raise
+        finally:
+            screen.close()
+        runs = list(store.runs.values())
+    return Outcome.of(asked.name, asked.problems, runs, targets, expected=_expected(asked), asked=asked)
+
+
+def _stored_answers(asked: Question) -> dict[str, Call] | None:
+    from tuner.calls import NAME, read_calls
+
+    if asked.replay_llm is None:
+        return None
+    if not (found := read_calls(Path(asked.replay_llm))):
+        raise Refused(f"--replay-llm {asked.replay_llm}: no stored answers there (expected {NAME})")
+    return found
+
+
+def _expected(asked: Question) -> int:
+    return len(asked.problems) * len(asked.methods) * asked.seeds - len(asked.left_out) * asked.seeds
+
+
+def _run_live(screen: Screen, asked: Question, store: Store, chat: Chat | None) -> None:
+    """Run the studies of a live workload; what they say is kept as runs, however it ends."""
+    from tuner.live import live_runs, run_studies
+
+    def report(done: int, total: int, left: float | None) -> None:
+        from tuner.summary import seconds_text
+
+        more = f", about {seconds_text(left)} left" if left else ""
+        screen.say(
+            f"study {min(done + 1, total)} of {total}{more}" if done < total else f"all {total} studies are over"
+        )
+
+    try:
+        run_studies(asked, store.folder, screen.aside(), chat, report)
+    finally:
+        for run in live_runs(asked, store.folder):
+            if store.runs.get((run.problem, run.method, run.seed)) != run:
+                store.add(run)
+
+
+def _compare_studies(screen: Screen, studies: list[Path], targets: tuple[Goal, ...]) -> Outcome:
+    from tuner.live import compare_studies
+    from tuner.outcome import Outcome
+
+    if len(studies) < 2:
+        raise Refused(f"{studies[0]}: one study is no comparison; name two or more, or see `tune report {studies[0]}`")
+    problem, runs, notes = compare_studies(studies)
+    for note in notes:
+        screen.say(note)
+    return Outcome.of("studies", [problem], runs, targets, expected=len(runs))
+
+
+def _show_outcome(screen: Screen, outcome: Outcome, files: dict[str, str | None]) -> None:
+    """The tables on standard output, unless a file goes there; and every file that was asked for."""
+    from tuner.outcome import write
+
+    if "-" not in files.values():
+        screen.comparison(outcome.problems, outcome.analysis, outcome.methods)
+        screen.facts([(f"cost of {method}", cost) for method, cost in outcome.costs.items()])
+    made: dict[str, Callable[[], str]] = {
+        "csv": outcome.to_csv,
+        "steps": outcome.steps_to_csv,
+        "json": outcome.to_json,
+        "html": outcome.to_html,
+    }
+    for kind, destination in files.items():
+        if destination is not None:
+            write(destination, made[kind]())
+    if outcome.missing:
+        screen.warn(
+            f"{outcome.missing} of {outcome.expected} runs are missing or ended early; nothing stands in for them"
+        )
+
+
+@app.command()
+def record(
+    context: typer.Context,
+    workload: Workload = "llama",
+    sample: Annotated[
+        str,
+        typer.Option(
+            metavar="grid|sobol:N|random:N",
+            help="Which configurations are measured; the default is always one of them.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = "sobol:64",
+    repeats: Annotated[
+        int, typer.Option(min=1, max=100, help="Launches of each configuration.", rich_help_panel=MEASURE)
+    ] = 3,
+    model: Model = None,
+    size: Size = None,
+    prompts: Prompts = 8,
+    prompt_tokens: PromptTokens = 96,
+    output_tokens: OutputTokens = 32,
+    seed: Seed = 0,
+    allow_lossy: AllowLossy = False,
+    pin: Pin = None,
+    narrow: Narrow = None,
+    allow_power_control: AllowPowerControl = False,
+    meter: MeterSpec = "auto",
+    require_measured: RequireMeasured = False,
+    cpu_watts: CpuWatts = None,
+    wall_command: WallCommand = None,
+    wall_url: WallUrl = None,
+    wall_unit: WallUnit = None,
+    wall_field: WallField = None,
+    wall_interval: WallInterval = None,
+    windows: Windows = 3,
+    window: Window = None,
+    timeout: Timeout = "10m",
+    warm_up: WarmUp = None,
+    cool_down: CoolDown = None,
+    most_others: MostOthers = 0.25,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the table; the same name goes on with a recording that was cut short.", rich_help_panel=STUDY
+        ),
+    ] = None,
+    results: Annotated[Path, typer.Option(help="Folder that the table is written to.", rich_help_panel=STUDY)] = Path(
+        "results/recorded"
+    ),
+) -> None:
+    """Make a table of your own machine: measure a sample of configurations, to compare methods on it later.
+
+    Ctrl-C keeps what is done; the same command goes on.
+    """
+    from tuner.assemble import prepare
+    from tuner.journal import Header
+    from tuner.record import RecordError, Sample, default_name
+    from tuner.record import record as make_table
+    from tuner.summary import ASSUMED, energy_text
+
+    with _screen() as screen:
+        chosen = Sample.parse(sample)
+        header = Header(
+            name="recording",
+            workload=_lasting("runners", workload, named=_given(context, "workload")),
+            target=_target(
+                model=model,
+                size=size,
+                prompts=prompts,
+                prompt_tokens=prompt_tokens,
+                output_tokens=output_tokens,
+                seed=seed,
+                allow_lossy=allow_lossy,
+            ),
+            proposer=str(chosen),
+            seed=seed,
+            pins=tuple(pin or ()),
+            ranges=tuple(narrow or ()),
+            plan=_plan(
+                windows=windows,
+                window=window,
+                timeout=timeout,
+                warm_up=warm_up,
+                cool_down=cool_down,
+                most_others=most_others,
+            ),
+            require_measured=require_measured,
+            power_control=allow_power_control,
+        )
+        header, bench = prepare(
+            header,
+            meter=meter,
+            options=_meter_options(
+                cpu_watts=cpu_watts,
+                wall_command=wall_command,
+                wall_url=wall_url,
+                wall_unit=wall_unit,
+                wall_field=wall_field,
+                wall_interval=wall_interval,
+            ),
+            say=screen.say,
+        )
+        screen.say(header.meter_sentence)
+
+        def ended(trial: Trial, done: int, planned: int) -> None:
+            outcome = energy_text(trial, ASSUMED) if trial.joules_per_unit is not None else f"failed: {trial.error}"
+            screen.say(f"launch {done} of {planned}: {outcome}")
+
+        try:
+            with _signals(), _powered(header, bench, screen) as control:
+                made = make_table(
+                    header,
+                    bench,
+                    sample=chosen,
+                    repeats=repeats,
+                    name=name or default_name(workload, chosen),
+                    tables=results,
+                    control=control,
+                    say=screen.say,
+                    report=screen.phase,
+                    ended=ended,
+                )
+        except RecordError as error:
+            _fail(str(error), FAILURE)
+        screen.close()
+        screen.facts([("table", str(made)), ("next", f"tune tables {made}"), ("", f"tune compare --table {made}")])
+
+
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
@@ -996,7 +1647,7 @@ def _screen() -> Iterator[Screen]:
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise
-        _fail(f"{error.filename or 'a file'}: {error.strerror or error}", FAILURE)
+        _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", FAILURE)
     finally:
         screen.close()
 

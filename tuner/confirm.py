@@ -18,11 +18,12 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tuner.evaluate import Launcher
-from tuner.intervals import LEAST_VALUES, paired_interval
+from tuner.evaluate import NO_VALID_WINDOW, Launcher
+from tuner.intervals import CONFIDENCE, LEAST_VALUES, paired_interval
 from tuner.journal import Header, Journal, Pair, Prune, Study
 from tuner.meters import MeterOptions
 from tuner.space import Config, Refused, SearchSpace, Value
+from tuner.study import FAILURES_IN_A_ROW
 from tuner.summary import effects, percent_text, ratio_text
 from tuner.trial import QUALITIES, History, Proposal, Quality, Trial
 
@@ -45,7 +46,7 @@ POWER_AND_BOUND = 1.645 + 0.842
 """Normal quantiles: 95 % one-sided, and 80 % to get there when a change does nothing."""
 
 MOST_PRUNE_PAIRS = 16
-MOST_PRUNE_TESTS = 3
+MOST_PRUNE_TESTS = 6
 
 
 # --- what pairs show -------------------------------------------------------------------------
@@ -70,6 +71,10 @@ class Saving:
     """The worst among the runs."""
     best_joules_per_unit: float
     """Geometric mean of the best's fresh runs."""
+    confidence: float = CONFIDENCE
+    """Of the interval: higher for a second confirmation, whose chance to err adds to that of the first."""
+    steps: float | None = None
+    """How far the steps of a coarse counter alone may move the ratio (in ln); part of the interval."""
 
     @property
     def shown(self) -> bool:
@@ -82,26 +87,36 @@ def pair_order(number: int) -> bool:
     return number % 2 == 0
 
 
-def saving(pairs: Sequence[Pair], header: Header) -> Saving | None:
+def saving(pairs: Sequence[Pair], header: Header, confidence: float = CONFIDENCE) -> Saving | None:
     """The saving that `pairs` show; None where no pair was measured on both sides."""
     sides = [(p.default, p.best) for p in pairs if p.default.joules_per_unit and p.best.joules_per_unit]
     if not sides:
         return None
-    mean, low, high = _compared(sides, header)
+    mean, low, high = _compared(sides, header, confidence)
     return Saving(
         ratio=math.exp(mean),
         low=None if low is None else math.exp(low),
         high=None if high is None else math.exp(high),
         pairs=len(sides),
-        quality=max((q for side in sides for t in side if (q := t.quality)), key=QUALITIES.index),
+        quality=_quality(sides),
         best_joules_per_unit=statistics.geometric_mean([b.joules_per_unit or 0.0 for _, b in sides]),
+        confidence=confidence,
+        steps=_steps(sides),
     )
 
 
-def _compared(sides: Sides, header: Header, confidence: float = 0.95) -> tuple[float, float | None, float | None]:
-    """Mean of ln(candidate / reference) and the ends of its two-sided interval, over an estimate's whole range."""
+def _quality(sides: Sides) -> Quality:
+    return max((q for side in sides for t in side if (q := t.quality)), key=QUALITIES.index)
+
+
+def _compared(sides: Sides, header: Header, confidence: float) -> tuple[float, float | None, float | None]:
+    """Mean of ln(candidate / reference) and the ends of its two-sided interval.
+
+    For an estimate the interval spans both ends of the power range; for a counter that moves in coarse
+    steps it is widened by what the steps may hide, which repeating does not average out.
+    """
     values: list[Worth] = [lambda t: t.joules_per_unit]
-    if any(t.quality == "estimated" for side in sides for t in side):
+    if _quality(sides) == "estimated":
         values += _at_the_ends(header)
     logs = [_logs(sides, value) for value in values]
     found = [paired_interval(each, confidence) for each in logs]
@@ -109,7 +124,24 @@ def _compared(sides: Sides, header: Header, confidence: float = 0.95) -> tuple[f
     mean = statistics.fmean(logs[0])
     if len(known) < len(values):
         return mean, None, None
-    return mean, min(low for low, _ in known), max(high for _, high in known)
+    steps = _steps(sides) or 0.0
+    return mean, min(low for low, _ in known) - steps, max(high for _, high in known) + steps
+
+
+def _steps(sides: Sides) -> float | None:
+    """How far the steps of a counter may move the mean of ln(candidate / reference); None where it has none.
+
+    Equal settings meet the same steps each time, so the errors are taken as shared by all pairs.
+    """
+    if _quality(sides) == "estimated":
+        return None
+    moved = statistics.fmean(math.hypot(*(_relative_bound(t) for t in side)) for side in sides)
+    return moved or None
+
+
+def _relative_bound(trial: Trial) -> float:
+    ends, value = trial.joules_per_unit_bounds, trial.joules_per_unit
+    return (ends[1] - ends[0]) / 2 / value if ends and value else 0.0
 
 
 def _logs(sides: Sides, value: Worth) -> list[float]:
@@ -138,65 +170,112 @@ def _at_the_ends(header: Header) -> list[Worth]:
 # --- saying it -------------------------------------------------------------------------------
 
 
-def verdict(found: Saving | None, done: int, planned: int, trial: int | None = None) -> str:
+def verdict(
+    found: Saving | None, done: int, planned: int, trial: int | None = None, failures: Failures | None = None
+) -> str:
     """The last sentence of a study, from `done` of `planned` pairs of trial `trial` and the default."""
     if not planned:
         return "Not confirmed, so no saving is claimed."
+    failures = failures or Failures()
+    who = "The best setting" if trial is None else f"Trial {trial}"
+    last = f" The last launch that failed: {failures.last}." if failures.last else ""
     if done < planned:
-        return f"No saving is claimed: {done} of {planned} fresh pairs are done."
+        return f"No saving is claimed: {done} of {planned} fresh pairs are done.{last}"
+    if failures.of_best:
+        return (
+            f"No saving is claimed: {who[0].lower()}{who[1:]} failed in {failures.of_best} of {done} fresh launches"
+            f" ({failures.last_of_best}). A setting that fails now and then is none to run."
+        )
     if found is None:
-        return "No saving shown: the confirmation could not be measured."
+        return f"No saving shown: the confirmation could not be measured.{last}"
     label = {
         "measured": "",
         "estimated": ", estimated from CPU time over the whole power range and not measured",
     }.get(found.quality, f", {found.quality}")
-    who = "The best setting" if trial is None else f"Trial {trial}"
+    if found.steps is not None and found.steps > MATTERS / 10:
+        label += f", of which the counter's own steps are ± {percent_text(math.expm1(found.steps))}"
+    pairs = f"{found.pairs} pairs" if found.pairs == done else f"{found.pairs} of {done} pairs, the others unmeasured"
+    level = f"{100 * found.confidence:.3g} %"
     if found.low is None or found.high is None:
-        return (
-            f"No saving shown: {found.pairs} pairs were measured, and fewer than {LEAST_PAIRS} show nothing"
-            f" with 95 % confidence{label}."
-        )
-    beside = f"(95 % CI {interval_text(found.low, found.high)}, {found.pairs} pairs{label})"
+        return f"No saving shown: {pairs} are too few for an interval of {level}{label}.{last}"
+    beside = f"{level} CI {interval_text(found.low, found.high)}, {pairs}{label}"
     if not found.shown:
-        return f"No saving shown: {who[0].lower()}{who[1:]} against the default {beside}."
-    verb = (
-        "saves"
-        if found.quality == "measured"
-        else f"saves {'an' if found.quality == 'estimated' else 'a'} {found.quality}"
-    )
-    return f"{who} {verb} {percent_text(1 - found.ratio)} {beside}."
+        return f"No saving shown: that of {who[0].lower()}{who[1:]} has the {beside}."
+    estimated = "an estimated " if found.quality == "estimated" else ""
+    return f"{who} saves {estimated}{percent_text(1 - found.ratio)} ({beside})."
 
 
 def interval_text(low: float, high: float) -> str:
     """A ratio's interval as that of the saving: `27 to 35 %`; a saving below -1000 % has no figure."""
     worst, most = 1 - high, 1 - low
-    least = "below -1000" if worst < -10 else percent_text(worst).removesuffix(" %")
-    return f"{least} to {percent_text(most) if most > -10 else 'below -1000 %'}"
+    if most < -10:
+        return "below -1000 %"
+    ends = [percent_text(worst), percent_text(most)]
+    if ends[0] == ends[1]:
+        ends = [f"{100 * worst:.1f} %", f"{100 * most:.1f} %"]
+    return f"{'below -1000' if worst < -10 else ends[0].removesuffix(' %')} to {ends[1]}"
+
+
+@dataclass(frozen=True)
+class Failures:
+    """Launches of a confirmation that were not measured."""
+
+    of_best: int = 0
+    """Crashes of the best where the default of the same pair ran: they speak against it."""
+    last_of_best: str = ""
+    last: str = ""
+    """The newest cause, also of the default and of windows that did not count."""
+
+    @classmethod
+    def among(cls, pairs: Sequence[Pair]) -> Failures:
+        """Count them."""
+        crashes = [p.best.error for p in pairs if crashed(p.best) and not crashed(p.default)]
+        causes = [t.error for p in pairs for t in (p.default, p.best) if t.error is not None]
+        return cls(len(crashes), crashes[-1] or "" if crashes else "", causes[-1] if causes else "")
+
+
+def crashed(launch: Trial) -> bool:
+    """Whether the engine failed; windows that did not count are the machine's fault and not the setting's."""
+    return launch.error is not None and not launch.error.startswith(NO_VALID_WINDOW)
 
 
 def concluded(study: Study) -> str | None:
-    """The last sentence of a recorded study; None where nothing was confirmed."""
+    """The last sentences of a recorded study; None where nothing was confirmed."""
     if not study.pairs:
         return None
     last = study.pairs[-1]
+    pairs = pairs_of(study, last.config, last.planned)
     found, done = shown_by(study)
-    said = verdict(found, done, last.planned, last.best.number)
+    said = verdict(found, done, last.planned, last.best.number, Failures.among(pairs))
     best = study.history.best
     if best and best.config != last.config:
         said += f" Trial {best.number} is better in the search and was not confirmed."
-    plans = {(json.dumps(p.config, sort_keys=True), p.planned) for p in study.pairs}
-    if len(plans) > 1:
-        said += f" This is confirmation {len(plans)} of this study: each is one more chance to see what is not there."
+    if (count := len(_plans(study))) > 1:
+        said += f" This is confirmation {count} of this study; its interval is wider, because each is one more chance."
+    for attempt in shortened(study)[1]:
+        if attempt.keeps_the_gain and attempt.bound is not None:
+            most = percent_text(max(attempt.bound - 1, 0.0))
+            said += f" {', '.join(attempt.dropped)} can stay at default: at most {most} more."
     return said
 
 
+def _plans(study: Study) -> set[str]:
+    """What was confirmed so far: each look at fresh pairs counts once."""
+    return {json.dumps([p.config, p.planned, p.best.segment], sort_keys=True) for p in study.pairs}
+
+
 def shown_by(study: Study) -> tuple[Saving | None, int]:
-    """What the newest confirmation shows, and how many of its pairs are done; no claim while some are missing."""
+    """What the newest confirmation shows, and how many of its pairs are done; no claim while some are missing.
+
+    Of k confirmations each has the confidence 1 - 0.05 / k (Bonferroni).
+    """
     if not study.pairs:
         return None, 0
     last = study.pairs[-1]
     pairs = pairs_of(study, last.config, last.planned)
-    return (saving(pairs, here(study)) if len(pairs) >= last.planned else None), len(pairs)
+    if len(pairs) < last.planned or Failures.among(pairs).of_best:
+        return None, len(pairs)
+    return saving(pairs, here(study), 1 - (1 - CONFIDENCE) / len(_plans(study))), len(pairs)
 
 
 def here(study: Study) -> Header:
@@ -221,9 +300,15 @@ def confirm(
 ) -> Saving | None:
     """Measure fresh pairs until the journal holds `pairs` of them, and say what they show.
 
-    Each pair is written as soon as it is complete: a confirmation that was cut short goes on.
+    Each pair is written as soon as it is complete: a confirmation that was cut short goes on. It ends early when
+    a side failed in three pairs in a row: then something else is wrong.
     """
+    made = 0
     while (number := len(done := pairs_of(journal.study, best.config, pairs))) < pairs:
+        failed = [p.default.error or p.best.error for p in done[-min(made, FAILURES_IN_A_ROW) :] if made]
+        if len(failed) == FAILURES_IN_A_ROW and all(failed):
+            break
+        made += 1
         began(number)
         default_first = pair_order(number)
         runs = _both(launcher, f"confirm-{number + 1}.log", default, best, first=default_first)
@@ -237,7 +322,7 @@ def confirm(
                 planned=pairs,
             )
         )
-    return saving(done, here(journal.study))
+    return shown_by(journal.study)[0]
 
 
 def _both(launcher: Launcher, log: str, a: Trial, b: Trial, *, first: bool) -> tuple[Trial, Trial]:
@@ -278,8 +363,10 @@ class Shortened:
         names = ", ".join(self.dropped)
         if self.ratio is None or self.bound is None:
             return f"{names}: kept, because it could not be measured without"
+        places = 3 if self.bound < 1.1 else 2
         figures = (
-            f"{ratio_text(self.ratio, 3)} the energy, at most {ratio_text(self.bound, 3)} (95 %, {self.pairs} pairs)"
+            f"{ratio_text(self.ratio, places)} the energy, at most {ratio_text(self.bound, places)}"
+            f" (95 %, {self.pairs} pairs)"
         )
         verb = "back at default" if self.keeps_the_gain else "kept"
         return f"{names}: {verb}; without: {figures}"
@@ -315,7 +402,7 @@ def _attempts(study: Study) -> Iterator[list[Prune]]:
 def _judged(pairs: Sequence[Prune], header: Header) -> Shortened:
     sides = [(p.kept, p.shorter) for p in pairs if p.kept.joules_per_unit and p.shorter.joules_per_unit]
     last = pairs[-1]
-    if not sides:
+    if not sides or any(crashed(p.shorter) for p in pairs):
         return Shortened(last.dropped, None, None, 0, dict(last.config))
     # The upper end of a two-sided 90 % interval is a one-sided 95 % bound.
     mean, _, high = _compared(sides, header, confidence=2 * BOUND - 1)
@@ -345,21 +432,17 @@ def prune(
 ) -> None:
     """Ask of the changes in a confirmed setting whether they matter, until the journal holds the answer.
 
-    First all that the search saw no effect of, together; when that loses the gain, the least of them one by
-    one, `MOST_PRUNE_TESTS` attempts in all. What cannot be told to be worth less than 1 % stays.
+    `MOST_PRUNE_TESTS` attempts at most. What cannot be told to be worth less than 1 % stays.
     """
-    tried: set[tuple[str, ...]] = set()
-    while len(tried) < MOST_PRUNE_TESTS:
+    while True:
         study = journal.study
         config, attempts = shortened(study)
         best = next((t for t in study.history.measured if t.config == study.pairs[-1].config), None)
-        if config is None or best is None:
+        if config is None or best is None or len(attempts) >= MOST_PRUNE_TESTS:
             return
-        tried |= {a.dropped for a in attempts}
         names = _next_to_drop(space, study.history, config, attempts)
         if names is None:
             return
-        tried.add(names)
         kept = replace(best, config=config, repeats=())
         shorter = replace(kept, config={**config, **{name: space[name].default for name in names}})
         asked = (study.segment, config, shorter.config, pairs)
@@ -385,19 +468,20 @@ def prune(
 def _next_to_drop(
     space: SearchSpace, history: History, config: Config, attempts: Sequence[Shortened]
 ) -> tuple[str, ...] | None:
-    """The parameters to put back next, or None when there is nothing more to ask."""
+    """The parameters to put back next, or None when there is nothing more to ask.
+
+    What the search saw a clear effect of is left alone. Of what it saw no effect of, or could not single out,
+    first all together where they are several and not all of the changes, then one by one.
+    """
     changed = [name for name in space.names if config[name] != space[name].default]
-    tried = {name for a in attempts if len(a.dropped) == 1 for name in a.dropped}
-    worth = {e.parameter: e.ratio for e in effects(space, history) if e.value == config.get(e.parameter)}
-    # What saved most stays longest; what the search could not single out comes between.
-    order = sorted(changed, key=lambda name: -worth.get(name, 1.0))
-    if not attempts:
-        group = tuple(name for name in order[:-1] if worth.get(name, 1.0) > 1 - 2 * MATTERS)
-        return group if group and _legal(space, config, group) else None
-    if attempts[0].keeps_the_gain:
+    if len(changed) < 2:
         return None
-    left = [(n,) for n in attempts[0].dropped if n in changed and n not in tried and len(attempts[0].dropped) > 1]
-    return next((names for names in left if _legal(space, config, names)), None)
+    worth = {e.parameter: e.ratio for e in effects(space, history) if e.value == config.get(e.parameter)}
+    doubtful = [n for n in sorted(changed, key=lambda n: -worth.get(n, 1.0)) if worth.get(n, 1.0) > 1 - 2 * MATTERS]
+    asked = {attempt.dropped for attempt in attempts}
+    together = [tuple(doubtful)] if 2 <= len(doubtful) < len(changed) and not attempts else []
+    alone = [(name,) for name in doubtful]
+    return next((names for names in [*together, *alone] if names not in asked and _legal(space, config, names)), None)
 
 
 def _legal(space: SearchSpace, config: Config, names: Sequence[str]) -> bool:

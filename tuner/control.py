@@ -371,6 +371,19 @@ def pending() -> list[str]:
     ]
 
 
+def held() -> list[str]:
+    """A sentence for each GPU whose power or clock another tuner is changing right now."""
+    try:
+        locks = sorted(_folder().glob("*.lock"))
+    except (OSError, Refused):
+        return []
+    return [
+        f"another tune changes power and clock of {path.stem} at this moment: what is measured on it means nothing"
+        for path in locks
+        if _is_held(path.stem)
+    ]
+
+
 def restore(say: Say) -> list[str]:
     """Put back what killed runs have left changed, on every GPU of which there is a ledger.
 
@@ -635,6 +648,11 @@ class PowerControl:
         self._told: list[str] = []
         self._open = contextlib.ExitStack()
         self._closing = threading.Lock()
+
+    @property
+    def uuids(self) -> tuple[str, ...]:
+        """The GPUs that are held, in CUDA's order."""
+        return tuple(board.uuid for board in self._boards)
 
     def __enter__(self) -> Self:
         try:

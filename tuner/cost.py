@@ -2,7 +2,8 @@
 
 Pure functions of a study and of what a person said: there is no default price and no default carbon
 intensity, and without them there is energy only. A saving comes from the fresh pairs of a confirmation
-alone; without one there is none, and then no sum a year either. What is not known is None and said.
+alone; without one there is none, and then no sum a year either. What is not known is None and said. Every
+energy has the 95 % interval of its launches, and so has all that is computed from it.
 
     kWh = joules x PUE / 3.6e6    cost = kWh x price    gCO2e = kWh x intensity
 
@@ -20,15 +21,16 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Self
 
-from tuner.confirm import Saving, interval_text, pairs_of
+from tuner.confirm import Saving, interval_text, pairs_of, verdict
+from tuner.intervals import paired_interval
 from tuner.journal import Study
 from tuner.space import Refused, excerpt
-from tuner.summary import exchanges, joules_text, percent_text, unit, usage
-from tuner.trial import QUALITIES, Energy, Quality, Trial, Unit
+from tuner.summary import exchanges, interval, joules_text, noise, percent_text, unit, usage
+from tuner.trial import QUALITIES, Energy, History, Quality, Trial, Unit
 
 JOULES_PER_KWH = 3.6e6
 MILLION = 1e6
@@ -36,6 +38,11 @@ DAYS_PER_YEAR = 365
 
 MOST_GRAMS_PER_KWH = 5000.0
 """Several times what burning lignite or diesel emits (about 1000 g/kWh): beyond it, g and kg were mixed up."""
+
+NOT_COUNTED = (
+    "making the hardware (embodied emissions); the LLM provider's energy; this machine between launches: cooling down,"
+    " starting workers, waiting for the LLM or for a person; calibration; launches that a crash cut short"
+)
 
 
 # --- what a person says ----------------------------------------------------------------------
@@ -158,10 +165,7 @@ def _llm_price(text: str) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and how far it may be off: the ends of a 95 % interval, or of an estimate's power range.
-
-    All three are equal for a counter's energy.
-    """
+    """A figure and how far it may be off; all three are equal where that is not known."""
 
     value: float
     low: float
@@ -195,8 +199,15 @@ class Figure:
 
     trial: int
     joules_per_unit: Interval
-    """As measured: without PUE. Its ends are those of an estimate's power range."""
+    """As measured: without PUE. `ends` says what its ends are."""
+    ends: str | None
+    """`95 % CI`, with or without what the meter adds to it; None where it has no range."""
+    sampling: Interval | None
+    """The 95 % interval of the launches' geometric mean alone; None where they are too few for one."""
+    noise_assumed: bool
+    """Whether `sampling` rests on noise that nobody measured."""
     quality: Quality
+    launches: int
     fresh_pairs: int
     """The pairs whose runs it is the geometric mean of; 0 where it is the search's own figure."""
     per_million: Amount
@@ -206,9 +217,10 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """The energy that a confirmed saving keeps, with the ends of the confirmation's interval.
+    """The energy that a confirmed saving keeps: the default's times the share saved, from end to end of both.
 
-    The interval is that of the ratio; where the energy is an estimate, it spans the default's power range too.
+    Half-widths add up so, which two errors never exceed whatever their correlation: to first order the ends
+    hold at least 95 %. Where the energy is an estimate, they span the default's power range too.
     """
 
     joules_per_unit: Interval
@@ -298,10 +310,10 @@ def assess(study: Study, saving: Saving | None, options: CostOptions) -> Assessm
     done = pairs_of(study, plan.config, plan.planned) if plan else []
     planned = plan.planned if plan else 0
     sides = [(p.default, p.best) for p in done if p.default.joules_per_unit and p.best.joules_per_unit]
-    default = _fresh([d for d, _ in sides], options) or _searched(history.default, options)
+    default = _fresh([d for d, _ in sides], options) or _searched(history.default, history, options)
     best = _fresh([b for _, b in sides], options)
     if best is None and history.best and not (history.default and history.best.config == history.default.config):
-        best = _searched(history.best, options)
+        best = _searched(history.best, history, options)
     found = saving if sides and len(done) >= planned else None
     launches = _launches(study)
     tuning, llm = _tuning(launches, options), _llm_use(study, options)
@@ -332,7 +344,11 @@ def assess(study: Study, saving: Saving | None, options: CostOptions) -> Assessm
 
 
 def _fresh(runs: Sequence[Trial], options: CostOptions) -> Figure | None:
-    """Geometric means over fresh runs of one configuration; None where there is none."""
+    """Geometric means over fresh runs of one configuration; None where there is none.
+
+    The interval is that of the centre of the runs' logarithms (`tuner.intervals.paired_interval`), taken as
+    independent: of one side alone it holds the drift that pairs cancel, and is wider than the saving's.
+    """
     if not runs:
         return None
     bounds = [t.joules_per_unit_bounds or (0.0, 0.0) for t in runs]
@@ -341,28 +357,80 @@ def _fresh(runs: Sequence[Trial], options: CostOptions) -> Figure | None:
         _mean(low for low, _ in bounds),
         _mean(high for _, high in bounds),
     )
-    quality = max((q for t in runs if (q := t.quality)), key=QUALITIES.index)
-    return _figure(runs[0].number, joules, quality, len(runs), options)
-
-
-def _searched(trial: Trial | None, options: CostOptions) -> Figure | None:
-    """The search's own figure of a trial."""
-    if trial is None or trial.joules_per_unit is None or trial.joules_per_unit_bounds is None or trial.quality is None:
-        return None
+    ends = paired_interval([math.log(value) for t in runs if (value := t.joules_per_unit)])
     return _figure(
-        trial.number, Interval(trial.joules_per_unit, *trial.joules_per_unit_bounds), trial.quality, 0, options
+        runs[0].number,
+        joules,
+        ends and (math.exp(ends[0]), math.exp(ends[1])),
+        max((q for t in runs if (q := t.quality)), key=QUALITIES.index),
+        options,
+        launches=len(runs),
+        fresh_pairs=len(runs),
     )
 
 
-def _figure(trial: int, joules: Interval, quality: Quality, fresh_pairs: int, options: CostOptions) -> Figure:
+def _searched(trial: Trial | None, history: History, options: CostOptions) -> Figure | None:
+    """The search's own figure of a trial, with the interval that the search gives it (`tuner.summary.interval`)."""
+    if trial is None or trial.joules_per_unit is None or trial.joules_per_unit_bounds is None or trial.quality is None:
+        return None
+    known = noise(history)
+    return _figure(
+        trial.number,
+        Interval(trial.joules_per_unit, *trial.joules_per_unit_bounds),
+        interval(trial, known),
+        trial.quality,
+        options,
+        launches=len(trial.launches),
+        noise_assumed=not known.degrees,
+    )
+
+
+def _figure(
+    trial: int,
+    own: Interval,
+    ends: tuple[float, float] | None,
+    quality: Quality,
+    options: CostOptions,
+    *,
+    launches: int,
+    fresh_pairs: int = 0,
+    noise_assumed: bool = False,
+) -> Figure:
+    """`own` is the figure with the meter's own range, `ends` those of its 95 % interval."""
+    # Rounding may put the mean of equal runs a bit outside their interval.
+    sampling = ends and Interval(own.value, min(ends[0], own.value), max(ends[1], own.value))
+    joules, meaning = _together(own, sampling, quality)
     return Figure(
         trial=trial,
         joules_per_unit=joules,
+        ends=meaning,
+        sampling=sampling,
+        noise_assumed=noise_assumed and sampling is not None,
         quality=quality,
+        launches=launches,
         fresh_pairs=fresh_pairs,
         per_million=Amount.of(joules * MILLION, options),
         per_year=_per_year(joules, options),
     )
+
+
+def _together(own: Interval, sampling: Interval | None, quality: Quality) -> tuple[Interval, str | None]:
+    """The figure with all that it may be off by, and what its ends then are.
+
+    An estimate's power range is wide and the same for all its launches: the wider end counts. A counter's steps
+    are met by each launch alike, so that they come on top of the interval, as in `tuner.confirm`.
+    """
+    name = "power range" if quality == "estimated" else "the counter's steps"
+    ranged = own.low < own.high
+    if sampling is None:
+        return own, name if ranged else None
+    if not ranged:
+        return sampling, "95 % CI"
+    if quality == "estimated":
+        widest = Interval(own.value, min(own.low, sampling.low), max(own.high, sampling.high))
+        return widest, f"the wider of 95 % CI and {name}"
+    low = max(sampling.low - (own.value - own.low), 0.0)
+    return Interval(own.value, low, sampling.high + (own.high - own.value)), f"95 % CI and {name}"
 
 
 def _per_year(joules_per_unit: Interval, options: CostOptions) -> Amount | None:
@@ -434,13 +502,17 @@ def _llm_use(study: Study, options: CostOptions) -> LlmUse:
 
 
 def _units_until(joules: float, default: Figure, share: Interval) -> Interval:
-    """Units served with the best setting until `joules` are saved, with the confirmation's interval.
+    """Units served with the best setting until `joules` are saved, from end to end of both intervals.
 
     Both are energy at the meter, so PUE cancels. So does an estimate's power range, which puts both off by
-    about the same factor: only the interval of the share is left.
+    about the same factor: the intervals of the share and of the default's launches are left.
     """
-    units = joules / default.joules_per_unit.value
-    return Interval(units / share.value, units / share.high, units / share.low)
+    each = default.joules_per_unit
+    if default.quality == "estimated":
+        each = default.sampling or Interval(each.value, each.value, each.value)
+    # Multiplied first: the product is what `_saved` keeps, and a default of which nothing may be left saves nothing.
+    latest = joules / least if (least := each.low * share.low) else math.inf
+    return Interval(joules / (each.value * share.value), joules / (each.high * share.high), latest)
 
 
 def _money_payback(energy: Interval, llm: LlmUse, saved: Saved, options: CostOptions) -> Interval | None:
@@ -483,11 +555,42 @@ def rows(assessment: Assessment) -> list[tuple[str, str]]:
         *_payback_rows(a),
         ("counted", _counted_text(a)),
         ("boundary", _boundary_text(a)),
-        (
-            "not counted",
-            "making the hardware (embodied emissions), the LLM provider's energy, launches that a crash cut short",
-        ),
+        ("not counted", NOT_COUNTED),
     ]
+
+
+def record(assessment: Assessment) -> dict[str, object]:
+    """The assessment as strict JSON holds it: the fields of `Assessment` by name, each figure with `low` and `high`.
+
+    What its energies are stands beside them: `quality` and `ends` of each figure, `counted`, `boundary` and
+    `not_counted` of all. None is what is not known, not shown, or unbounded. The saving is `saving_record`'s.
+    """
+    plain = {name: value for name, value in asdict(assessment).items() if name not in ("study", "saving")}
+    plain |= {
+        "confirmed": assessment.confirmed,
+        "counted": _counted_text(assessment),
+        "boundary": _boundary_text(assessment),
+        "not_counted": NOT_COUNTED,
+    }
+    return {name: _strict(value) for name, value in plain.items()}
+
+
+def saving_record(found: Saving | None, sentence: str | None) -> dict[str, object]:
+    """What a confirmation showed as strict JSON holds it: the fields of `Saving` by name, whether a saving is shown,
+    and the sentence that says so (`tuner.confirm.concluded`). Without a confirmation the fields are None.
+    """
+    plain = asdict(found) if found else dict.fromkeys(field.name for field in fields(Saving))
+    plain |= {"shown": found is not None and found.shown, "sentence": sentence or verdict(None, 0, 0)}
+    return {name: _strict(value) for name, value in plain.items()}
+
+
+def _strict(value: object) -> object:
+    """JSON has neither infinity nor tuples."""
+    if isinstance(value, Mapping):
+        return {name: _strict(one) for name, one in value.items()}
+    if isinstance(value, tuple | list):
+        return [_strict(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _figure_rows(name: str, figure: Figure | None, a: Assessment) -> list[tuple[str, str]]:
@@ -496,19 +599,27 @@ def _figure_rows(name: str, figure: Figure | None, a: Assessment) -> list[tuple[
     each = figure.joules_per_unit
     energy = f"{joules_text(each.value)}/{a.unit}"
     if each.low != each.high:
-        energy += f" ({joules_text(each.low)} to {joules_text(each.high)})"
-    pairs = "pair" if figure.fresh_pairs == 1 else "pairs"
-    source = f"from {figure.fresh_pairs} fresh {pairs}" if figure.fresh_pairs else "the search's own figure"
+        energy += f" ({figure.ends} {joules_text(each.low)} to {joules_text(each.high)})"
     who = f"trial {figure.trial}: " if name == "best" else ""
     doubt = ", not confirmed" if name == "best" and not a.confirmed else ""
     found = [
-        (name, f"{who}{energy}{_label(figure.quality)}, {source}{doubt}"),
+        (name, f"{who}{energy}{_label(figure.quality)}, {_source_text(figure)}{doubt}"),
         (f"{name}, 1M {a.unit}s", _amount_text(figure.per_million, a.options) + _label(figure.quality)),
     ]
     if figure.per_year:
         year = _amount_text(figure.per_year, a.options, kilograms=True)
         found.append((f"{name}, a year", year + _label(figure.quality)))
     return found
+
+
+def _source_text(figure: Figure) -> str:
+    if not figure.fresh_pairs:
+        return "the search's own figure" + (", with the noise assumed" if figure.noise_assumed else "")
+    pairs = "pair" if figure.fresh_pairs == 1 else "pairs"
+    said = f"from {figure.fresh_pairs} fresh {pairs}"
+    if figure.sampling is None:
+        said += f" ({figure.launches} {'launch' if figure.launches == 1 else 'launches'}, too few for an interval)"
+    return said
 
 
 def _saving_rows(a: Assessment) -> list[tuple[str, str]]:
@@ -537,6 +648,8 @@ def _why_none(a: Assessment) -> str:
         return f"nothing was confirmed; `tune confirm {a.study}` measures fresh pairs"
     if not a.confirmed:
         return f"{a.pairs} of {a.planned} fresh pairs are done"
+    if a.best.fresh_pairs:
+        return "the best setting failed in some of its fresh launches"
     return "the confirmation could not be measured"
 
 
@@ -544,7 +657,7 @@ def _interval_text(found: Saving) -> str:
     pairs = f"{found.pairs} fresh {'pair' if found.pairs == 1 else 'pairs'}"
     if found.low is None or found.high is None:
         return f"no interval from {pairs}"
-    return f"95 % CI {interval_text(found.low, found.high)}, {pairs}"
+    return f"{100 * found.confidence:.3g} % CI {interval_text(found.low, found.high)}, {pairs}"
 
 
 def _tuning_text(a: Assessment) -> str:
@@ -648,16 +761,24 @@ def _amount_text(amount: Amount, options: CostOptions, *, kilograms: bool = Fals
 
 def _range_text(figure: Interval, digits: int, name: str) -> str:
     """`0.39 kWh (0.34 to 0.44)`; the value alone where it has no range."""
-    said = f"{digits_text(figure.value, digits)} {name}"
-    if figure.low == figure.high:
-        return said
-    return f"{said} ({digits_text(figure.low, digits)} to {digits_text(figure.high, digits)})"
+    value, ends = _digits_of(figure, digits)
+    return f"{value} {name}{ends}"
 
 
 def _money_text(cost: Interval, currency: str) -> str:
-    said = _money(digits_text(cost.value, 2), currency)
-    said = said if currency else f"cost {said}"
-    return said if cost.low == cost.high else f"{said} ({digits_text(cost.low, 2)} to {digits_text(cost.high, 2)})"
+    value, ends = _digits_of(cost, 2)
+    said = _money(value, currency)
+    return (said if currency else f"cost {said}") + ends
+
+
+def _digits_of(figure: Interval, digits: int) -> tuple[str, str]:
+    """The value and ` (LOW to HIGH)`, with one digit more where `digits` would show an end as the value itself."""
+    low, value, high = (digits_text(one, digits) for one in (figure.low, figure.value, figure.high))
+    if figure.low == figure.high:
+        return value, ""
+    if value in (low, high):
+        low, value, high = (digits_text(one, digits + 1) for one in (figure.low, figure.value, figure.high))
+    return value, f" ({low} to {high})"
 
 
 def _money(amount: str, currency: str) -> str:

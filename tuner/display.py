@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType, RenderResult
@@ -31,7 +31,8 @@ from rich.text import Text
 
 from tuner.chats.paste import END, osc52, pasted
 from tuner.checks import doubts as doubts_of
-from tuner.journal import End, Study
+from tuner.journal import End, Pair, Study
+from tuner.repeats import drifts
 from tuner.space import Config, Refused, SearchSpace, Value, show
 from tuner.summary import (
     Usage,
@@ -58,6 +59,11 @@ from tuner.summary import (
     where_energy_goes,
 )
 from tuner.trial import Action, Decision, History, Message, Proposal, Repeat, Trial
+
+if TYPE_CHECKING:
+    from tuner.convergence import Analysis, Cell, Target
+    from tuner.replay import Table as Recorded
+    from tuner.runs import Problem
 
 REFRESHES_PER_SECOND = 2
 """The view runs beside the measurement: each drawing costs 2 to 3 ms of the same CPU, 0.5 % of it in all."""
@@ -170,6 +176,12 @@ class Screen:
         self._running: _Running | None = None
         self._heading: str | None = None
         """The quality that the trial lines' heading names; None before the heading is printed."""
+        self._counted: tuple[int, int, float | None] | None = None
+        """Runs of a comparison that are done, of how many, and the seconds that are left."""
+
+    def aside(self) -> Screen:
+        """The same terminal, for something whose results are only progress here: standard output stays clean."""
+        return Screen(self._stderr, self._stderr, live=self._live_wanted, stdin=self._stdin, clock=self._clock)
 
     # --- words ---
 
@@ -288,6 +300,14 @@ class Screen:
         if not self._live_wanted:
             self.say(f"measuring {what}")
 
+    def counted(self, done: int, total: int, seconds_left: float | None) -> None:
+        """How far a comparison is. Called often; without a live view, each tenth is news."""
+        before, self._counted = self._counted, (done, total, seconds_left)
+        if self._live_wanted:
+            self._start_live()
+        elif before is None or 10 * done // max(total, 1) > 10 * before[0] // max(total, 1):
+            self.say(_counted_text(done, total, seconds_left))
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """The terminal without the live view, for a dialogue."""
@@ -302,10 +322,11 @@ class Screen:
     def close(self) -> None:
         """End the live view and show the cursor again. May be called twice."""
         self._stop_live()
-        self._running = None
+        self._running = self._counted = None
 
     def _start_live(self) -> None:
-        if self._live_wanted and self._running is not None and self._live is None:
+        shown = self._running is not None or self._counted is not None
+        if self._live_wanted and shown and self._live is None:
             # Standard output and error stay as they are: what others print goes above the view by way of `say`.
             self._live = Live(
                 console=self._stderr,
@@ -325,6 +346,8 @@ class Screen:
     def _status(self) -> RenderableType:
         """The live view: three lines below the trials."""
         running = self._running
+        if self._counted is not None:
+            return self._text(_counted_text(*self._counted), "bold")
         if running is None:
             return Text()
         history, now = running.history, self._clock()
@@ -669,20 +692,25 @@ class Screen:
     def summary(
         self,
         *,
-        end: End,
+        end: End | None,
         history: History,
         space: SearchSpace,
         used: Usage,
         pruned: Sequence[str] = (),
+        shown: bool = True,
+        pairs: Sequence[Pair] = (),
         command: str | None,
         verdict: str,
         folder: Path,
     ) -> None:
-        """The end of a run: the best configuration against the default, what it took, and how to launch it."""
+        """The end of a run: the best configuration against the default, what it took, and how to launch it.
+
+        `shown`: the configuration of `command` is confirmed to save.
+        """
         self._stop_live()
         best, default = history.best, history.default
         prompts, read, written = used.prompts, used.input_tokens, used.output_tokens
-        rows = [("stopped", end.reason)]
+        rows = [("stopped", end.reason)] if end else []
         if default:
             rows.append(("default", energy_text(default, noise(history))))
         if best and best is not default:
@@ -696,7 +724,9 @@ class Screen:
             rows += [("pruned" if i == 0 else " ", sentence) for i, sentence in enumerate(pruned)]
         failed = f", {len(history.failed)} of them failed" if history.failed else ""
         rows.append(("trials", f"{len(history.current)}{failed}{_launches(history)}"))
-        if lost := _lost_windows(history):
+        for stretch in drifts(history):
+            rows.append(("drift", stretch.sentence.partition(": ")[2]))
+        if lost := _lost_windows(history, pairs):
             rows.append(("windows", lost))
         if prompts:
             tokens = (
@@ -712,7 +742,8 @@ class Screen:
         self._facts(rows)
         if command:
             self._stdout.print()
-            self._stdout.print(Text("launch it with", "dim"))
+            label = "launch it with" if shown else "launch the best of the search with (not shown to save)"
+            self._stdout.print(Text(label, "dim"))
             for line in command.splitlines():
                 self._stdout.print(Text("  ") + self._text(line, lines=True), soft_wrap=True)
         self._stdout.print()
@@ -742,8 +773,8 @@ class Screen:
             if part.measured:
                 self._stdout.print(
                     self._text(
-                        f"{noise_text(noise(part))}; figures with their 95 % interval, too narrow for the best, which was chosen for"
-                        " being low",
+                        f"{noise_text(noise(part))}; figures with their 95 % interval,"
+                        " too narrow for the best, which was chosen for being low",
                         "dim",
                     )
                 )
@@ -804,6 +835,118 @@ class Screen:
             )
         return table
 
+    # --- comparisons, on standard output ---
+
+    def comparison(self, problems: Sequence[Problem], analysis: Analysis, methods: Sequence[str]) -> None:
+        """What the runs show: each problem, then over all of them, then in words. `methods`: the best first."""
+        self._stop_live()
+        for problem in problems:
+            if problem.name not in analysis.problems:
+                continue
+            self._stdout.print(self._text(problem.name, "bold"), soft_wrap=True)
+            self._stdout.print(self._text(_problem_text(problem), "dim"), soft_wrap=not self._stdout.is_terminal)
+            self._methods(problem.name, analysis, methods)
+        if analysis.overall:
+            counted = max(cell.problems for cell in analysis.overall)
+            self._stdout.print(self._text(f"over all {counted} problems, each counting the same", "bold"))
+            self._methods(None, analysis, methods)
+        self._stdout.print(
+            self._text(
+                "5 %: within 5 % of the best; share: converged within the budget; mean: proposals, restricted at the"
+                " budget; median: proposals by which half had converged; regret: median energy above the best after so"
+                " many proposals;"
+                " failed: trials a run that failed or broke a limit",
+                "dim",
+            ),
+            soft_wrap=not self._stdout.is_terminal,
+        )
+        self._stdout.print()
+        for sentence in analysis.sentences:
+            self._stdout.print(self._text(sentence), soft_wrap=not self._stdout.is_terminal)
+
+    def _methods(self, where: str | None, analysis: Analysis, methods: Sequence[str]) -> None:
+        """One line a method; where the terminal is narrow, convergence and regret in two tables."""
+        rows = [(m, [analysis.cell(where, m, t) for t in analysis.targets]) for m in methods]
+        # `largest` has no run where there is no limit.
+        cells = [(m, found) for m, found in rows if found[0] is not None]
+        most = max((cell.problems for _, found in cells for cell in found if cell), default=0)
+        talked = any(cell and cell.prompts_per_run for _, found in cells for cell in found)
+        convergence = [heading for t in analysis.targets for heading in _target_headings(t)]
+        shown = [n for n in SHOWN if any(c[0] and n <= c[0].horizon for _, c in cells)]
+        regrets = [f"regret\nat {n}" if n == shown[0] else f"\n{n}" for n in shown]
+        costs = ["failed\na run", *(["prompts\na run", "tokens\na run"] if talked else [])]
+        parts = [(convergence, _converged), (regrets + costs, lambda of: _spent(of[:1], shown, talked=talked))]
+        if self._stdout.width >= WIDE:
+            parts = [(convergence + regrets + costs, lambda of: _converged(of) + _spent(of[:1], shown, talked=talked))]
+        for headings, values in parts:
+            table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim", padding=(0, 1))
+            table.add_column("\nmethod", no_wrap=True)
+            for heading in headings:
+                table.add_column(heading, justify="right", no_wrap=True)
+            for method, found in cells:
+                fewer = f" ({found[0].problems})" if found[0] and found[0].problems < most else ""
+                table.add_row(self._text(method + fewer), *(self._text(value) for value in values(found)))
+            self._stdout.print(table)
+            self._stdout.print()
+        if where is None and any(found[0] and found[0].problems < most for _, found in cells):
+            self._stdout.print(
+                self._text(
+                    f"(n): over n of the {most} problems, those it could run on; not comparable line by line", "dim"
+                )
+            )
+            self._stdout.print()
+
+    def tables(self, tables: Sequence[Recorded]) -> None:
+        """The recorded problems, a few lines each."""
+        for table in tables:
+            about = table.about
+            self._stdout.print(self._text(table.name, "bold"), soft_wrap=True)
+            parameters = ", ".join(f"{name} ({len(p.values)})" for name, p in about.parameters.items())
+            self._facts(
+                [
+                    ("  what", f"{about.model}, {about.engine}, {about.hardware}"),
+                    ("  parameters", parameters),
+                    ("  size", _size_text(table)),
+                    ("  limits", ", ".join(about.limits) or "none"),
+                    ("  licence", f"{about.licence.partition(' (')[0]}; trust {about.trust.partition(' ')[0]}"),
+                ]
+            )
+
+    def table(self, table: Recorded) -> None:
+        """Everything about one recorded problem but its energies."""
+        about = table.about
+        self._facts(
+            [
+                ("table", table.name),
+                ("task", f"{about.task} ({about.kind})"),
+                ("model", about.model),
+                ("engine", about.engine),
+                ("hardware", about.hardware),
+                ("objective", f"{about.objective}, joules per {about.unit}"),
+                ("size", _size_text(table)),
+                ("limits", ", ".join(about.limits) or "none"),
+                ("repeats", "none" if table.relative_sd is None else f"spread {percent_text(table.relative_sd)} (sd)"),
+                ("default", ", ".join(f"{name}={show(v)}" for name, v in about.default.items())),
+                ("", about.default_note),
+                ("trust", about.trust),
+                ("source", f"{about.source}, revision {about.revision}"),
+                ("licence", about.licence),
+                ("notes", about.notes),
+            ]
+        )
+        self._stdout.print()
+        grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
+        for heading in ("parameter", "values", "default", "meaning"):
+            grid.add_column(heading, overflow="fold")
+        for name, p in about.parameters.items():
+            values = ", ".join(map(show, p.values))
+            grid.add_row(*map(self._text, (name, values, show(about.default[name]), p.meaning)))
+        self._stdout.print(grid)
+        self._stdout.print()
+        self._facts([("metrics", "")] + [(f"  {name}", meaning) for name, meaning in about.metrics.items()])
+        self._stdout.print()
+        self._stdout.print(self._text(f"compare methods on it: tune compare --table {table.name}"), soft_wrap=True)
+
     def doctor(self, checks: Sequence[Check]) -> None:
         """What can be measured here, and the command that mends what cannot."""
         styles = {"ok": "green", "missing": "red", "warning": "yellow"}
@@ -824,6 +967,75 @@ class Screen:
             if value:
                 grid.add_row(self._text(name), self._text(value))
         (console or self._stdout).print(grid)
+
+
+SHOWN = (1, 3, 5, 10, 20)
+"""Proposals after which the regret is shown."""
+
+
+def _counted_text(done: int, total: int, seconds_left: float | None) -> str:
+    left = f", about {seconds_text(seconds_left)} left" if seconds_left and done < total else ""
+    return f"{done} of {total} runs{left}"
+
+
+def _problem_text(problem: Problem) -> str:
+    size = f"{problem.configurations} configurations, " if problem.configurations else ""
+    if problem.limits:
+        inside = f", {problem.feasible} of them within" if problem.feasible is not None else ""
+        size += f"limits {' and '.join(problem.limits)}{inside}, "
+    known = problem.best_joules_per_unit
+    best = f"best {joules_text(known)}/{problem.unit}" if known is not None else "nobody knows the best"
+    default = problem.default_joules_per_unit
+    start = f", default {ratio_text(default / known)} of it" if default and known else ""
+    broken = ", the default breaks a limit" if problem.kind == "table" and default is None else ""
+    noise = f", replayed noise {percent_text(problem.noise_sigma)}" if problem.noise_sigma else ""
+    return f"{size}{best}{start}{broken}{noise}"
+
+
+def _target_headings(target: Target) -> list[str]:
+    name = {"within": f"{100 * target.value:g} %", "ratio": f"{target.value:g}x", "absolute": f"{target.value:g} J"}
+    return [f"{name[target.kind]}\nshare", "\nmean", "\nmedian"]
+
+
+def _converged(cells: Sequence[Cell | None]) -> list[str]:
+    """Share, restricted mean and median for each target."""
+    return [
+        text
+        for cell in cells
+        for text in (
+            ("-", "-", "-")
+            if cell is None
+            else (
+                f"{100 * cell.share:.0f} %",
+                f"{cell.mean:.1f}",
+                f"> {cell.horizon}" if cell.median is None else str(cell.median),
+            )
+        )
+    ]
+
+
+def _spent(cells: Sequence[Cell | None], shown: Sequence[int], *, talked: bool) -> list[str]:
+    """Regrets, failed trials and, where a chat took part, prompts and tokens, of the first target's cell."""
+    (cell,) = cells
+    assert cell is not None
+    regrets = [at.median if (at := cell.regret_at(n)) else None for n in shown]
+    tokens = None
+    if cell.input_tokens_per_run is not None or cell.output_tokens_per_run is not None:
+        tokens = (cell.input_tokens_per_run or 0) + (cell.output_tokens_per_run or 0)
+    return [
+        *("-" if r is None else percent_text(r) if r < 9.995 else ratio_text(1 + r, 0) for r in regrets),
+        f"{cell.failed_per_run + cell.infeasible_per_run:.1f}",
+        *([f"{cell.prompts_per_run:.1f}", "-" if tokens is None else f"{tokens:.0f}"] if talked else []),
+    ]
+
+
+def _size_text(table: Recorded) -> str:
+    whole = int(table.space.size)
+    rows = len(table.rows)
+    grid = "a full grid" if rows == whole else f"of {whole} combinations; the others were not measured"
+    failed = sum(not row.joules for row in table.rows)
+    inside = f"; {len(table.feasible)} within the limits" if table.limits else ""
+    return f"{rows} configurations, {grid}{inside}{f'; {failed} failed' if failed else ''}"
 
 
 def _trial_columns(console: Console) -> list[tuple[int | None, JustifyMethod]]:
@@ -909,7 +1121,7 @@ def _said_of(history: History) -> Iterator[str]:
     trials: dict[str, tuple[str, list[int]]] = {}
     for trial in history.trials:
         for said in [trial.error] if trial.error else doubts_of(trial, history):
-            key = re.sub(r"[\d.]+", "", said)
+            key = re.sub(r"(?<!\w)[\d.]+", "", said)
             trials.setdefault(key, (said, []))[1].append(trial.number)
     for said, numbers in trials.values():
         if len(numbers) == 1:
@@ -923,9 +1135,11 @@ def _launches(history: History) -> str:
     return f", and {repeats} launched again" if repeats else ""
 
 
-def _lost_windows(history: History) -> str:
-    """How many windows did not count, by cause; empty when all did."""
-    windows = [m for t in history.current for launch in (t, *t.repeats) for m in launch.measurements]
+def _lost_windows(history: History, pairs: Sequence[Pair]) -> str:
+    """How many windows did not count, by cause, in the search and its confirmation; empty when all did."""
+    launches = [launch for t in history.current for launch in (t, *t.repeats)]
+    launches += [launch for pair in pairs for launch in (pair.default, pair.best)]
+    windows = [m for launch in launches for m in launch.measurements]
     causes = grouped(cause for m in windows for cause in m.invalid)
     said = "; ".join(f"{cause} ({count}x)" if count > 1 else cause for cause, count in causes.most_common(3))
     lost = sum(not m.valid for m in windows)

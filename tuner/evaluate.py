@@ -24,9 +24,10 @@ import msgspec
 
 from tuner.control import ControlError, PowerControl, split
 from tuner.journal import JournalError, Plan
+from tuner.measure import settling_seconds
 from tuner.space import Config
 from tuner.summary import grouped
-from tuner.telemetry import Sampler
+from tuner.telemetry import WATCHES_GPUS, Sampler
 from tuner.trial import Proposal, Target, Trial
 from tuner.worker import Job, Result
 
@@ -45,6 +46,9 @@ COOL_CELSIUS = 2.0
 
 COOL_PERIOD_SECONDS = 1.0
 
+NO_VALID_WINDOW = "no valid window"
+"""How the error of a launch begins whose engine ran while nothing could be measured."""
+
 LOG_LINES = 16
 LOG_LINE_LENGTH = 300
 
@@ -56,7 +60,7 @@ class Known:
     """What one trial leaves for the next; launchers made from each other by `replace` share it."""
 
     celsius: dict[str, float] | None = None
-    """Temperatures before the first trial, by gauge; None until then."""
+    """Temperatures at the start of the segment's first trial, by gauge: where to cool down to; None until then."""
     idle_watts: float | None = None
     """What the machine drew without an engine; None when it was not measured."""
 
@@ -85,7 +89,7 @@ class Launcher:
     def __call__(self, number: int, proposal: Proposal) -> Trial:
         started_unix, started = time.time(), time.monotonic()
         log = trial_folder(self.folder, number) / self.log_name
-        self._cool_down(number)
+        start_celsius = self._cool_down(number)
         used_memory = self._gpu_memory()
         with tempfile.TemporaryDirectory(prefix="tune-") as scratch:
             engine, settings = split(proposal.config)
@@ -113,27 +117,29 @@ class Launcher:
             segment=self.segment,
             warm_up=outcome.warm_up,
             idle=outcome.idle,
+            start_celsius=start_celsius,
             spent=outcome.spent,
         )
 
-    def _cool_down(self, number: int) -> None:
-        """Wait until no device is warmer than before the first trial, so that each begins like the others."""
-        if not self.plan.cool_down_seconds:
-            return
-        give_up = time.monotonic() + self.plan.cool_down_seconds
+    def _cool_down(self, number: int) -> dict[str, float]:
+        """Wait until no device is warmer than before the first trial, so that each begins like the others.
+
+        Returns the temperatures that the trial begins with, also where the time for it was over before.
+        """
+        give_up = time.monotonic() + (self.plan.cool_down_seconds or 0.0)
         with contextlib.closing(Sampler(self.meters, period=None)) as sampler:
             now = sampler.celsius()
             if self.known.celsius is None:
                 self.known.celsius = now
-                return
             first = self.known.celsius
             while any(now[d] > first[d] + COOL_CELSIUS for d in now if d in first) and time.monotonic() < give_up:
                 self.report(number, "cooling down")
                 time.sleep(COOL_PERIOD_SECONDS)
                 now = sampler.celsius()
+        return now
 
     def _gpu_memory(self) -> int | None:
-        if "nvml" not in self.meters:
+        if not WATCHES_GPUS.intersection(self.meters):
             return None
         from tuner.meters.nvml import used_memory_bytes
 
@@ -188,7 +194,7 @@ class Launcher:
         finally:
             os.close(phases_end)
         try:
-            phase, in_time = self._watch(worker, number, phases, 2 * idle_seconds)
+            phase, in_time = self._watch(worker, number, phases, self._allowance(idle_seconds))
         finally:
             os.close(phases)
             status = end_group(worker)
@@ -204,6 +210,13 @@ class Launcher:
                 return Result(error=f"the runner reported what cannot be recorded: {error}")
         lack_of_memory = out_of_memory_kills() > killed_before
         return Result(error=cause_of_death(status, phase, lack_of_memory=lack_of_memory))
+
+    def _allowance(self, idle_seconds: float) -> float:
+        """What measuring idle power takes: two windows, the wait before the second, and the warm-up after it."""
+        if not idle_seconds:
+            return 0.0
+        _, most = self.plan.warm_up_seconds or (0.0, 0.0)
+        return 2 * idle_seconds + settling_seconds(idle_seconds) + most
 
     def _watch(
         self, worker: subprocess.Popen[bytes], number: int, phases: int, idle_seconds: float
@@ -279,7 +292,7 @@ def judged(result: Result) -> Result:
     """A result with no valid window is a failure, whose cause is that of its windows."""
     if result.error is None and not any(m.valid for m in result.measurements):
         causes = grouped(c for m in result.measurements for c in m.invalid)
-        return replace(result, error=f"no valid window in {len(result.measurements)}: {'; '.join(causes)}")
+        return replace(result, error=f"{NO_VALID_WINDOW} in {len(result.measurements)}: {'; '.join(causes)}")
     return result
 
 

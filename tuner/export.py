@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tuner.journal import Study
+from tuner.repeats import Stretch, drifts
 from tuner.space import Refused
 from tuner.summary import clean, indistinguishable, interval, noise
 from tuner.trial import Energy, History, Idle, Measurement, Noise, Span, Trial
@@ -41,7 +42,9 @@ def rows(study: Study) -> Iterator[dict[str, Cell]]:
     A launch without any measurement gives one row. All rows have the same keys. `stage` is `search`,
     `repeat`, `confirm` or `prune`; `role` says what the launch was for: `contender` or `sentinel` of a
     repeat, `default` or `best`, `kept` or `shorter` of a pair. `launch` counts the launches of one
-    configuration in its segment, over all stages; `after_trial` is the trial that a repeat came after.
+    configuration in its segment, over all stages; `after_trial` is the trial that a repeat came after. `drifted`
+    says of a launch of the search whether the machine was seen to change around it (`tuner.repeats.drifts`): False
+    also where no configuration ran both before and after it.
     """
     runs = list(_runs(study))
     segments = {run.trial.segment for run in runs}
@@ -54,7 +57,9 @@ def rows(study: Study) -> Iterator[dict[str, Cell]]:
     facts = {segment: _facts(study, segment) for segment in segments}
     idle = {segment: _idle(study, segment) for segment in segments}
     fact_names = _union(facts[run.trial.segment] for run in runs)
-    known = _known(study.history)
+    parts = _parts(study.history)
+    known = _known(parts)
+    stretches = {segment: drifts(part) for segment, part in parts.items()}
     launches: Counter[tuple[int, str]] = Counter()
     for run in runs:
         trial = run.trial
@@ -82,6 +87,7 @@ def rows(study: Study) -> Iterator[dict[str, Cell]]:
                 **{name: read(window) if window else None for name, read in _OF_WINDOW.items()},
                 "joules_dynamic_per_unit": _dynamic(window, idle[trial.segment]),
                 **_of_search(known.get((trial.segment, trial.number)) if run.stage in ("search", "repeat") else None),
+                "drifted": _drifted(run, stretches.get(trial.segment, ())),
                 **_of_counters(window, counters),
                 **_of_telemetry(window, spans),
                 **_of_idle(idle[trial.segment]),
@@ -114,6 +120,13 @@ def _runs(study: Study) -> Iterator[_Run]:
         yield _Run("prune", prune.shorter, "shorter", prune.number)
 
 
+def _drifted(run: _Run, stretches: Iterable[Stretch]) -> bool | None:
+    """Whether the launch lies between the two that showed a drift; those two lie outside. None of a pair's launch."""
+    if run.after_trial is not None:
+        return any(s.first <= run.after_trial < s.last for s in stretches)
+    return any(s.first <= run.trial.number <= s.last for s in stretches) if run.stage == "search" else None
+
+
 def frame(study: Study) -> pd.DataFrame:
     """The table of `rows`, with nullable columns: what is missing is `pandas.NA`."""
     return _table(rows(study))
@@ -128,14 +141,21 @@ def to_csv(study: Study, destination: Path | str) -> None:
         Refused: the file cannot be written; what was there before is untouched.
     """
     safe = ({name: _no_formula(name, cell) for name, cell in row.items()} for row in rows(study))
-    _write(destination, _table(safe).to_csv(index=False, lineterminator="\n"))
+    write(destination, _table(safe).to_csv(index=False, lineterminator="\n"))
 
 
-def to_json(study: Study, destination: Path | str) -> None:
+def to_json(
+    study: Study,
+    destination: Path | str,
+    *,
+    saving: Mapping[str, object] | None = None,
+    costs: Mapping[str, object] | None = None,
+) -> None:
     """Write the table and how it was measured as strict JSON to a file, or to standard output for `-`.
 
     `{"study": NAME, "meter": SENTENCE, "plan": {...}, "noise": {...} or null, "segments": [...],
-    "measurements": [ROW, ...]}`; a forced segment has a meter and a noise of its own.
+    "measurements": [ROW, ...]}`; a forced segment has a meter and a noise of its own. `saving` and `costs` stand
+    before the measurements where they are given (`tuner.cost.saving_record` and `record` make them).
 
     Raises:
         Refused: the file cannot be written; what was there before is untouched.
@@ -149,9 +169,11 @@ def to_json(study: Study, destination: Path | str) -> None:
         "segments": [
             {"segment": s.number, "meter": _text(s.meter_sentence), "noise": _noise(s.noise)} for s in study.segments
         ],
+        **({} if saving is None else {"saving": saving}),
+        **({} if costs is None else {"costs": costs}),
         "measurements": list(rows(study)),
     }
-    _write(destination, json.dumps(document, allow_nan=False, ensure_ascii=False, indent=1) + "\n")
+    write(destination, json.dumps(document, allow_nan=False, ensure_ascii=False, indent=1) + "\n")
 
 
 # --- the cells -------------------------------------------------------------------------------
@@ -196,7 +218,8 @@ def _joules(window: Measurement | None, domain: str) -> float | None:
 def _dynamic(window: Measurement | None, idle: Idle | None) -> float | None:
     """Joules per unit above the idle machine's, a secondary figure: subtracting can turn a ranking round.
 
-    None where idle was not measured, or not in the same way as the window. Below 0 where idle drew more.
+    Its label is that of the window (`quality`): None where idle was not measured, or not in the same way. Below 0
+    idle drew more than the loaded window did, for instance because something else ran then; it is not cut off at 0.
     """
     if window is None or idle is None or window.joules_per_unit is None or window.quality != idle.quality:
         return None
@@ -211,12 +234,19 @@ class _Known(NamedTuple):
     near_best: bool
 
 
-def _known(history: History) -> dict[tuple[int, int], _Known]:
+def _parts(history: History) -> dict[int, History]:
+    """The history as it stands in each segment: they are not compared."""
+    # A calibration holds for the newest segment; earlier ones go by their own repeats.
+    return {
+        segment: replace(history, segment=segment, noise=history.noise if segment == history.segment else None)
+        for segment in {t.segment for t in history.trials}
+    }
+
+
+def _known(parts: Mapping[int, History]) -> dict[tuple[int, int], _Known]:
     """By segment and trial."""
     found: dict[tuple[int, int], _Known] = {}
-    for segment in {t.segment for t in history.trials}:
-        # A calibration holds for the newest segment; earlier ones go by their own repeats.
-        part = replace(history, segment=segment, noise=history.noise if segment == history.segment else None)
+    for segment, part in parts.items():
         scatter, near = noise(part), indistinguishable(part)
         for trial in part.current:
             found[segment, trial.number] = _Known(trial, interval(trial, scatter), trial.number in near)
@@ -372,7 +402,7 @@ def _dtype(cells: Sequence[Cell]) -> str:
 # --- the file --------------------------------------------------------------------------------
 
 
-def _write(destination: Path | str, text: str) -> None:
+def write(destination: Path | str, text: str) -> None:
     """The whole text or nothing: a reader never sees half a file."""
     if str(destination) == "-":
         sys.stdout.write(text)

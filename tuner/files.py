@@ -1,8 +1,8 @@
-"""Finding what a person named: a prompt, a runner or a study.
+"""Finding what a person named: a prompt, a runner or a recorded table.
 
-A name is looked up in `./<kind>/`, then in the copy that was installed with tune, then in the
-checkout beside the package. Something with a slash or a suffix is a path and nothing else. An error
-says where was looked and what there is.
+A name is looked up in `./<kind>/` (tables in `./results/recorded/`), then in the copy that was installed
+with tune, then in the checkout beside the package. Something with a slash or a suffix is a path and
+nothing else. An error says where was looked and what there is.
 
 A runner is code that runs. One in the current folder is taken only when it is named, and the caller
 prints its path before loading it.
@@ -20,15 +20,17 @@ from typing import Literal, cast
 from tuner.space import Refused, closest, excerpt
 from tuner.trial import Runner
 
-Kind = Literal["prompts", "runners"]
+Kind = Literal["prompts", "runners", "recorded"]
 
-_SUFFIX: dict[Kind, str] = {"prompts": ".md.j2", "runners": ".py"}
+_SUFFIX: dict[Kind, str] = {"prompts": ".md.j2", "runners": ".py", "recorded": ".csv"}
+_THING: dict[Kind, str] = {"prompts": "prompt", "runners": "runner", "recorded": "table"}
+_FOLDER: dict[Kind, str] = {"prompts": "prompts", "runners": "runners", "recorded": "results/recorded"}
 _PACKAGE = Path(__file__).resolve().parent
 
 
 def folders(kind: Kind) -> list[Path]:
     """Where things of this kind are looked for, in order."""
-    return [Path(kind), _PACKAGE / "_bundled" / kind, _PACKAGE.parent / kind]
+    return [Path(_FOLDER[kind]), _PACKAGE / "_bundled" / kind, _PACKAGE.parent / _FOLDER[kind]]
 
 
 def names(kind: Kind) -> list[str]:
@@ -39,7 +41,7 @@ def names(kind: Kind) -> list[str]:
         for folder in folders(kind)
         if folder.is_dir()
         for file in folder.glob(f"*{suffix}")
-        if not file.name.startswith("_")
+        if not file.name.startswith("_") and (kind != "recorded" or file.with_suffix(".json").is_file())
     }
     return sorted(found)
 
@@ -50,8 +52,8 @@ def find(kind: Kind, name: str, *, local: bool = True) -> Path:
     `local`: whether a bare name may mean a file below the current folder.
     """
     suffix = _SUFFIX[kind]
-    thing = kind.removesuffix("s")
-    if "/" in name or name.endswith((suffix, ".j2", ".py", ".md")):
+    thing = _THING[kind]
+    if "/" in name or name.endswith((suffix, ".j2", ".py", ".md", ".csv")):
         path = Path(name).expanduser()
         if not path.is_file():
             raise Refused(f"no such {thing} file: {excerpt(name)}")

@@ -332,7 +332,11 @@ def _parse(folder: Path, content: bytes) -> Study:
         try:
             event = msgspec.json.decode(line, type=_Line)
             study = study.add(msgspec.json.decode(event.body, type=_KINDS[event.kind]))
-        except (msgspec.MsgspecError, KeyError) as error:
+        except KeyError as error:
+            raise Refused(
+                f"{path}: line {number} holds {error}, which this tune does not know; use a newer one"
+            ) from error
+        except msgspec.MsgspecError as error:
             raise Refused(
                 f"{path}: line {number} is damaged ({error}); the lines before it are intact:"
                 f" keep them with `head -n {number - 1} {path}`"
@@ -390,9 +394,16 @@ class Journal:
         study = read(folder)
         path = study.folder / NAME
         content = path.read_bytes()
-        intact = b"".join(line + b"\n" for line in _whole_lines(content))
+        first, *rest = _whole_lines(content)
+        head = msgspec.json.decode(first, type=_Head)
+        if head.format < FORMAT:
+            # From here on it holds what an older tune cannot read, and that one must be told so.
+            first = msgspec.json.encode({**msgspec.json.decode(first), "format": FORMAT})
+        intact = b"".join(line + b"\n" for line in (first, *rest))
         try:
-            if intact != content:
+            if intact != content[: len(intact)]:
+                _replace(path, intact)
+            elif intact != content:
                 os.truncate(path, len(intact))
             return cls(folder, intact)
         except OSError as error:
@@ -442,16 +453,9 @@ class Journal:
     def _write_again(self) -> None:
         """Somebody deleted or cut the file while the study runs: all lines are still here, so put them back."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f"{NAME}.part"
-        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            _write(descriptor, self._content, 0)
-            part.replace(self.folder / NAME)
-        except OSError:
-            os.close(descriptor)
-            raise
+        _replace(self.folder / NAME, self._content)
         os.close(self._descriptor)
-        self._descriptor = descriptor
+        self._descriptor = os.open(self.folder / NAME, os.O_RDWR)
 
     def close(self) -> None:
         """Give the file back; the study stays readable."""
@@ -464,6 +468,17 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Put `content` in the place of the file, whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        _write(descriptor, content, 0)
+    finally:
+        os.close(descriptor)
+    part.replace(path)
 
 
 def _write(descriptor: int, content: bytes, offset: int) -> None:

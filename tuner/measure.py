@@ -9,7 +9,8 @@ dropped for its value.
 Where a counter moves in steps, both ends of a window are put on a step of the slowest one, so that seconds
 and joules are those of the same stretch. What that costs: up to one period after the last pass, in which
 the engine waits, belongs to the window. At a hundred periods a window this is 1 % of its time at most, at
-idle power, and it is the same for every configuration.
+idle power, and it is the same for every configuration. Power that is sampled and added up grows without
+steps: there is nothing to wait for, and such a window is not called aligned.
 
 Clocks: `perf_counter` for lengths; the boot clock beside it shows whether the machine slept.
 """
@@ -49,6 +50,9 @@ SLICE_AGREEMENT = 0.02
 STEADY_CELSIUS_PER_SECOND = 0.1
 """An engine is steady when its last slices agree within this share, and no device warms faster than this."""
 
+MOST_SETTLING_SECONDS = 5.0
+"""How long clocks and power are left to fall after the load has ended, before idle power is measured."""
+
 UNITS_TOLERANCE = 0.005
 """How far a pass may be from the tokens it was asked for."""
 
@@ -78,12 +82,21 @@ class Clocks:
 
 
 def warm_up(
-    engine: Engine, plan: Plan, clocks: Clocks, report: Callable[[str], None], sampler: Sampler | None = None
+    engine: Engine,
+    meter: Meter,
+    plan: Plan,
+    clocks: Clocks,
+    report: Callable[[str], None],
+    sampler: Sampler | None = None,
 ) -> WarmUp | None:
     """Run the load until the engine is steady: the last slices agree and no device warms any more.
 
     A slice is whole passes, of a quarter of the least time at least. It takes `plan.warm_up_seconds` at
     least and at most, but for the last slice, which is finished. None where the plan asks for none.
+
+    Temperature is looked at where a device shows one and `meter` reads the hardware: the energy of a warmer
+    chip is higher, an estimate is not. Only what was seen since the load began counts, so that a device which
+    was idle while the model was read is not called steady; as long as that is too little, it is not steady.
 
     Raises:
         RuntimeError: the engine reported work that cannot be.
@@ -92,27 +105,26 @@ def warm_up(
         return None
     report("warming up")
     least, most = plan.warm_up_seconds
+    thermometer = sampler if sampler and meter.quality in ("measured", "sampled") and sampler.celsius() else None
     start = clocks.seconds()
     rates: list[float] = []
     while True:
         rates.append(_slice(engine, least / (SLICES + 1), clocks))
         elapsed = clocks.seconds() - start
-        warming = sampler.celsius_per_second() if sampler else None
-        steady = agree(rates) and (warming is None or warming < STEADY_CELSIUS_PER_SECOND)
+        steady = (thermometer is None or _stays(thermometer.celsius_per_second(start))) and agree(rates)
         if elapsed >= most or (steady and elapsed >= least):
             return WarmUp(seconds=elapsed, units_per_second=tuple(rates), steady=steady)
+
+
+def _stays(celsius_per_second: float | None) -> bool:
+    """Whether no device warms any more; what is not known yet is not yet so."""
+    return celsius_per_second is not None and celsius_per_second < STEADY_CELSIUS_PER_SECOND
 
 
 def agree(rates: Sequence[float]) -> bool:
     """Whether the last slices are within 2 % of each other."""
     last = rates[-SLICES:]
     return len(last) == SLICES and max(last) - min(last) <= SLICE_AGREEMENT * statistics.fmean(last) and min(last) > 0
-
-
-def rewarm(engine: Engine, plan: Plan, clocks: Clocks) -> None:
-    """One slice that nobody looks at, after the engine has waited: clocks and caches come back."""
-    least = plan.warm_up_seconds[0] if plan.warm_up_seconds else 0.0
-    _slice(engine, least / (SLICES + 1), clocks)
 
 
 def _slice(engine: Engine, least_seconds: float, clocks: Clocks) -> float:
@@ -123,6 +135,14 @@ def _slice(engine: Engine, least_seconds: float, clocks: Clocks) -> float:
         elapsed = clocks.seconds() - start
         if elapsed >= least_seconds:
             return units / elapsed if elapsed > 0 else 0.0
+
+
+def settling_seconds(idle_seconds: float) -> float:
+    """How long a loaded engine waits before its idle power is measured for `idle_seconds`.
+
+    A GPU takes seconds to leave the clocks that it computed with; measured at once, they would be its idle power.
+    """
+    return min(idle_seconds / 2, MOST_SETTLING_SECONDS)
 
 
 def idle_watts(meter: Meter, seconds: float, plan: Plan, clocks: Clocks, sampler: Sampler | None = None) -> float:
@@ -326,10 +346,11 @@ def _edge(meter: Meter, clocks: Clocks, faults: list[str]) -> tuple[Mapping[str,
 
     The slowest counter is the last to move after the waiting began, so all are waited for. One that
     stands still for `ALIGN_PERIODS` of its periods is not waited for any longer, and nothing is wrong yet.
+    Only a counter has ticks: sampled power differs at every reading, and that is no tick.
     """
     try:
         first, at = meter.read(), clocks.seconds()
-        if meter.update_seconds < ALIGN_FROM_SECONDS:
+        if meter.quality != "measured" or meter.update_seconds < ALIGN_FROM_SECONDS:
             return first, at, False
         give_up = at + ALIGN_PERIODS * meter.update_seconds
         while True:

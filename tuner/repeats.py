@@ -17,7 +17,7 @@ from typing import Literal
 
 from tuner.intervals import CONFIDENCE
 from tuner.journal import Plan
-from tuner.summary import half_width, noise, noise_quantile, pooled
+from tuner.summary import half_width, noise, noise_quantile, percent_text, pooled
 from tuner.trial import History, Repeat, Trial
 
 LARGEST_DRIFT = 0.03
@@ -85,17 +85,27 @@ class Stretch:
     ratio: float
     """Its energy afterwards over that before."""
 
+    @property
+    def sentence(self) -> str:
+        """What happened, and what it is worth."""
+        change = f"{percent_text(abs(self.ratio - 1))} {'more' if self.ratio > 1 else 'less'}"
+        trials = (
+            f"trials {self.first} to {self.last} compare" if self.last > self.first else f"trial {self.first} compares"
+        )
+        return (
+            f"the machine drifted: trial {self.sentinel} used {change} when it ran again, so {trials} badly with the"
+            " others; see what else runs or heats up, the confirmation is not touched by it"
+        )
+
 
 def drifts(history: History) -> list[Stretch]:
     """Where a configuration's energy changed by more than `LARGEST_DRIFT` and by more than noise explains.
 
-    Noise is taken within occasions here, once enough is known of it there: between them it would hold the very
-    drift that is looked for. The 5 % with which noise alone is called drift are those of the whole study, shared
-    by all its comparisons (Bonferroni).
+    Noise is taken within occasions here: between them it would hold the very drift that is looked for. The 5 %
+    with which noise alone is called drift are those of the whole study, shared by all its comparisons (Bonferroni).
     """
     occasions = {trial.number: _occasions(trial, history) for trial in history.measured}
-    within = pooled((logs for one in occasions.values() for _, logs in one), history.noise)
-    known = within if within.degrees else noise(history)
+    known = pooled((logs for one in occasions.values() for _, logs in one), history.noise)
     steps = [(number, *step) for number, one in occasions.items() for step in itertools.pairwise(one)]
     found = []
     for number, (before, earlier), (after, later) in steps:

@@ -7,7 +7,6 @@ things: search until a goal is met, confirm the best against the default, say wh
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from tuner.confirm import (
     Saving,
     concluded,
     confirm,
+    pairs_of,
     prune,
     prune_pairs,
     shortened,
@@ -29,10 +29,10 @@ from tuner.display import Screen
 from tuner.evaluate import Known, Launcher, trial_folder
 from tuner.journal import End, Header, Journal, StopKind
 from tuner.proposers.review import Review
-from tuner.repeats import Due, due
+from tuner.repeats import Due, drifts, due
 from tuner.space import Config
 from tuner.study import Again, Threshold, at_most, run_study, stopped_by_person, three_failures, within
-from tuner.summary import seconds_text, usage
+from tuner.summary import changes_text, seconds_of_next, seconds_text, typical_trial_seconds, usage
 from tuner.trial import Chat, ChatError, Decision, Goal, History, Proposal, Proposer, Repeat, Trial
 
 GPU_IDLE_SECONDS = 10.0
@@ -41,7 +41,7 @@ CPU_IDLE_SECONDS = 2.0
 
 def idle_seconds(meters: Sequence[str]) -> float:
     """How long idle power is measured: a GPU's counter moves every 0.1 s, and its clock takes seconds to fall."""
-    return GPU_IDLE_SECONDS if "nvml" in meters else CPU_IDLE_SECONDS
+    return GPU_IDLE_SECONDS if any(name in meters for name in ("nvml", "zeus", "wall")) else CPU_IDLE_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,17 +89,31 @@ class Session:
 
     def confirm(self) -> Saving | None:
         """Nothing but the confirmation of what a study found, and what it showed."""
-        history = self.journal.study.history
-        self.screen.study_started(self.journal.folder.name, None, self._threshold(), replace(history, trials=()))
+        study, pairs = self.journal.study, self.header.confirm_pairs
+        best = study.history.best
+        self.screen.study_started(self.journal.folder.name, None, self._threshold(), replace(study.history, trials=()))
+        if best is not None:
+            made = len(pairs_of(study, best.config, pairs))
+            changes = changes_text(best.config, self.bench.space.default(), best.config)
+            if made < pairs:
+                took = 2 * (pairs - made) * (typical_trial_seconds(study.history) or 0.0)
+                self.screen.say(
+                    f"trial {best.number} ({changes}) against the default, {pairs - made} pairs,"
+                    f" about {seconds_text(took)}"
+                )
+            else:
+                self.screen.say(
+                    f"all {pairs} pairs of trial {best.number} are in the journal and nothing is measured;"
+                    " another number of --pairs is a new confirmation"
+                )
         try:
-            found = self._confirm(End(kind="budget", reason=""))
+            found = self._confirm(None)
         except BaseException as leaving:
             if not isinstance(leaving, Exception):
                 self.screen.close()
                 self.screen.warn(f"stopped; finished pairs are kept. Go on with `tune confirm {self.journal.folder}`")
             raise
-        ends = self.journal.study.ends
-        self._conclude(ends[-1] if ends else End(kind="person", reason="the search was not finished"), found)
+        self._conclude(None, found)
         return found
 
     # --- before ---
@@ -167,6 +181,11 @@ class Session:
         if self.known.idle_watts is None:
             idle = next((t.idle for t in self.journal.study.history.current if t.idle), None)
             self.known.idle_watts = idle.machine_watts if idle else None
+        if self.known.celsius is None:
+            # Where the study began, also when it goes on on a machine that is warm by now.
+            self.known.celsius = next(
+                (dict(t.start_celsius) for t in self.journal.study.history.current if t.start_celsius), None
+            )
         return Launcher(
             folder=self.journal.folder,
             runner=self.bench.runner_path,
@@ -202,6 +221,9 @@ class Session:
 
     def _repeated(self, repeat: Repeat, history: History) -> None:
         self.screen.repeated(repeat, history)
+        for stretch in drifts(history):
+            if stretch.last == repeat.after - 1 and stretch.sentinel == repeat.trial.number:
+                self.screen.warn(stretch.sentence)
 
     def _keep(self, number: int, prompt: str, reply: str | None) -> None:
         if reply is None:
@@ -212,15 +234,13 @@ class Session:
         self.screen.trial_ended(trial, history, doubts(trial, history))
         if trial is history.default and self.header.trials:
             left, plan = self.header.trials - len(history.current), self.header.plan
+            once = seconds_of_next(trial)
             least = left + 2 * self.header.confirm_pairs
             most = least + (left // plan.sentinel_every if plan.sentinel_every else 0) + left * (plan.launches - 1)
-            more = (
-                f", or up to {seconds_text(most * trial.seconds)} where launches are repeated" if most > least else ""
-            )
+            more = f", or up to {seconds_text(most * once)} where launches are repeated" if most > least else ""
             after = "what follows, the confirmation included," if self.header.confirm_pairs else "what follows"
             self.screen.say(
-                f"a launch takes about {seconds_text(trial.seconds)}; {after} takes"
-                f" {seconds_text(least * trial.seconds)}{more}"
+                f"a launch takes about {seconds_text(once)}; {after} takes {seconds_text(least * once)}{more}"
             )
 
     def _interrupted(self) -> None:
@@ -228,18 +248,29 @@ class Session:
         history = self.journal.study.history
         self.journal.append(Decision(action="stop", before_trial=len(history), remark="interrupted"))
         self.screen.close()
+        made = len(self.journal.study.pairs) + len(self.journal.study.prunes)
+        pairs = f" and {made} pairs" if made else ""
         self.screen.warn(
-            f"stopped; {len(history)} finished trials are kept. Go on with `tune run --resume {self.journal.folder}`"
+            f"stopped; {len(history)} finished trials{pairs} are kept."
+            f" Go on with `tune run --resume {self.journal.folder}`"
         )
 
     # --- after ---
 
-    def _confirm(self, end: End) -> Saving | None:
+    def _confirm(self, end: End | None) -> Saving | None:
         history = self.journal.study.history
         default, best, pairs = history.default, history.best, self.header.confirm_pairs
-        if default is None or best is None or best.config == default.config or not pairs or end.kind == "person":
+        if (
+            default is None
+            or best is None
+            or best.config == default.config
+            or not pairs
+            or (end and end.kind == "person")
+        ):
             return None
-        launcher = replace(self._launcher(), plan=thorough(self.header.plan), idle_seconds_for=lambda _number: 0.0)
+        launcher = replace(
+            self._launcher(), plan=thorough(self.header.plan, self.bench.meters), idle_seconds_for=lambda _number: 0.0
+        )
         found = confirm(
             self.journal,
             launcher,
@@ -271,7 +302,7 @@ class Session:
             lambda names, number: self.screen.pruning(names, number + 1, pairs),
         )
 
-    def _verdict(self, end: End, found: Saving | None) -> str:
+    def _verdict(self, end: End | None, found: Saving | None) -> str:
         study, planned = self.journal.study, self.header.confirm_pairs
         default, best = study.history.default, study.history.best
         if best is None:
@@ -284,11 +315,11 @@ class Session:
             return said
         if self.header.plan.fast:
             return f"Fast mode ranks and claims nothing: `tune confirm {self.journal.folder}` measures the best."
-        if end.kind in ("person", "chat") or not planned:
+        if end is None or end.kind in ("person", "chat") or not planned:
             return verdict(None, 0, 0)
         return verdict(found, 0, planned)
 
-    def _conclude(self, end: End, found: Saving | None) -> None:
+    def _conclude(self, end: End | None, found: Saving | None) -> None:
         history = self.journal.study.history
         best = history.best
         shortest, attempts = shortened(self.journal.study)
@@ -299,6 +330,8 @@ class Session:
             space=self.bench.space,
             used=usage(history),
             pruned=[attempt.sentence for attempt in attempts],
+            shown=shortest is not None,
+            pairs=self.journal.study.pairs,
             command=self._command(config) if config else None,
             verdict=self._verdict(end, found),
             folder=self.journal.folder,
@@ -308,8 +341,7 @@ class Session:
         """What a person types to launch `config`: the GPU's settings, where they were tuned, and the engine."""
         engine, settings = split(config)
         changed = {name: value for name, value in settings.items() if name in self.bench.space.changes(config)}
-        boards = [fact for key, fact in self.bench.machine.items() if re.fullmatch(r"gpu\d+", key)]
-        typed = commands(changed, [board.rpartition("(")[2].rstrip(")") for board in boards])
+        typed = commands(changed, self.control.uuids if self.control else ())
         launch = asked(self.bench.runner_path, "command", lambda: self.bench.runner.command(engine, self.header.target))
         return "\n".join([*typed, launch])
 

@@ -34,6 +34,12 @@ ASSUMED = Noise(sigma=0.02, degrees=0, source="assumed")
 The windows of one launch share one memory layout, one clock, one set of neighbours. They understate how far
 two launches of one configuration differ: by 2 % (standard deviation) on a quiet machine."""
 
+WIDE_INTERVAL = 0.1
+"""Half-width (in ln) from which both ends of an interval are shown."""
+
+OWN_SCATTER = 3.0
+"""A launch whose windows alone say this many times more than the known noise is not like the others."""
+
 SPARK_SPAN = 0.1
 """A sparkline shows differences of ln(J/unit) below this at less than full height."""
 
@@ -97,7 +103,8 @@ def half_width(trial: Trial, known: Noise) -> float | None:
     if not logs:
         return None
     half = noise_quantile(known) * known.sigma / math.sqrt(len(logs))
-    return half if known.degrees else max(half, _window_half_width(trial))
+    own = _window_half_width(trial)
+    return half if known.degrees and own <= OWN_SCATTER * half else max(half, own)
 
 
 def interval(trial: Trial, known: Noise) -> tuple[float, float] | None:
@@ -146,15 +153,16 @@ def against(trial: Trial, reference: Trial, known: Noise = ASSUMED) -> Ratio | N
     """How many times the energy of `reference` one unit costs in `trial`.
 
     The interval is that of a difference of two means on logarithms, by Student's t with the noise `known`.
-    Where that is only assumed, Welch's interval over the windows counts when it is wider (B. L. Welch,
-    Biometrika 34, 1947, 28-35). None where either was not measured, and across segments.
+    Where that is only assumed, or says far less than the windows do, Welch's interval over the windows counts
+    when it is wider (B. L. Welch, Biometrika 34, 1947, 28-35). None where either was not measured, and across segments.
     """
     ours, theirs = trial.joules_per_unit, reference.joules_per_unit
     if not ours or not theirs or trial.segment != reference.segment:
         return None
     half = noise_quantile(known) * known.sigma * math.sqrt(1 / len(trial.launches) + 1 / len(reference.launches))
-    if not known.degrees:
-        half = max(half, _welch_half_width(_window_logs(trial), _window_logs(reference)))
+    own = _welch_half_width(_window_logs(trial), _window_logs(reference))
+    if not known.degrees or own > OWN_SCATTER * half:
+        half = max(half, own)
     difference = math.log(ours / theirs)
     return Ratio(ours / theirs, math.exp(difference - half), math.exp(difference + half))
 
@@ -411,6 +419,13 @@ def typical_trial_seconds(history: History) -> float | None:
     return statistics.median([t.seconds for t in history.measured]) if history.measured else None
 
 
+def seconds_of_next(trial: Trial) -> float:
+    """How long a launch like this one takes: without its idle power, and the second warm-up that goes with it."""
+    if trial.idle is None:
+        return trial.seconds
+    return trial.seconds - 2 * trial.idle.seconds - (trial.warm_up.seconds if trial.warm_up else 0.0)
+
+
 # --- saying it -------------------------------------------------------------------------------
 
 
@@ -465,10 +480,17 @@ def ratio_text(ratio: float, decimals: int = 2) -> str:
 
 
 def interval_text(trial: Trial, known: Noise) -> str:
-    """`± 2.1 % (3x)`: half of the 95 % interval, and how many launches it is from where they are several."""
-    half = half_width(trial, known)
+    """`± 2.1 % (3x)`: half of the 95 % interval, and how many launches it is from where they are several.
+
+    An interval wider than 10 % is not the same on both sides: then `(374 mJ to 453 mJ)`.
+    """
+    half, ends = half_width(trial, known), interval(trial, known)
     count = f" ({len(trial.launches)}x)" if len(trial.launches) > 1 else ""
-    return "" if half is None else f"± {percent_text(math.expm1(half))}{count}"
+    if half is None or ends is None:
+        return ""
+    if half > WIDE_INTERVAL:
+        return f"({joules_text(ends[0])} to {joules_text(ends[1])}){count}"
+    return f"± {percent_text(math.expm1(half))}{count}"
 
 
 def noise_text(known: Noise) -> str:

@@ -34,6 +34,9 @@ from tuner.trial import Span, Telemetry
 if TYPE_CHECKING:
     from tuner.meters.nvml import Gauges
 
+WATCHES_GPUS = frozenset({"nvml", "wall"})
+"""Meters that count an NVIDIA GPU's energy: its own, and the one of the whole machine."""
+
 PERIOD_SECONDS = 1.0
 
 LARGEST_SHARE = 0.01
@@ -80,7 +83,7 @@ class Sampler:
     """Watches the devices behind `meters` from now on.
 
     Args:
-        meters: names of the meters in use; GPUs are watched where `nvml` is one of them.
+        meters: names of the meters in use; GPUs are watched where one is in `WATCHES_GPUS` and there is a driver.
         root: where `/sys` and `/proc` are looked for.
         seconds: the clock that windows are timed with.
         cpu_seconds: CPU time of the calling thread.
@@ -97,7 +100,7 @@ class Sampler:
         period: float | None = PERIOD_SECONDS,
     ) -> None:
         self._root, self._seconds, self._cpu_seconds, self._period = root, seconds, cpu_seconds, period
-        self._gpus = _gauges() if "nvml" in meters else None
+        self._gpus = _gauges() if WATCHES_GPUS.intersection(meters) else None
         self._with_cpu = self._gpus is None or set(meters) != {"nvml"}
         self._thermometers = thermometers(root)
         self._clocks = _spread(sorted(_cpus(root, "cpufreq/scaling_cur_freq")), CPUS_READ)
@@ -125,16 +128,20 @@ class Sampler:
         found = self._gpus.read(("celsius",)) if self._gpus else {}
         return found | self._cpu_celsius() if self._with_cpu else found
 
-    def celsius_per_second(self) -> float | None:
+    def celsius_per_second(self, since: float = float("-inf")) -> float | None:
         """How fast the device warms that warms fastest, over the last ten seconds; None when that cannot be said.
 
         A straight line through the samples (least squares): sensors show whole degrees, and the difference
         of two samples would be 0 or a jump.
+
+        Args:
+            since: what was seen earlier, on the clock of the windows, does not count.
         """
-        if not self._samples:
+        samples = [s for s in list(self._samples) if s.at >= since]
+        if not samples:
             return None
-        last = self._samples[-1].at
-        recent = [s for s in self._samples if last - s.at <= SLOPE_SECONDS]
+        last = samples[-1].at
+        recent = [s for s in samples if last - s.at <= SLOPE_SECONDS]
         if last - recent[0].at < SLOPE_SECONDS / 2:
             return None
         slopes = []

@@ -348,6 +348,9 @@ class Trial:
     warm_up: WarmUp | None = None
     idle: Idle | None = None
     """Measured with the first trial of a study."""
+    start_celsius: Mapping[str, float] = field(default_factory=dict)
+    """Temperatures when it started, after the devices had cooled down: `gpu0_celsius`, `cpu_celsius`; only what
+    can be read here. The segment's first trial says what the others cool down to, within 2 degrees."""
     spent: Mapping[str, Energy] = field(default_factory=dict)
     """Energy of the whole trial by domain, loading and warm-up included; empty when it is not known."""
     repeats: tuple[Trial, ...] = ()

@@ -24,7 +24,7 @@ import msgspec
 
 from tuner.files import load_runner
 from tuner.journal import Plan
-from tuner.measure import Clocks, difference, idle_watts, measure, rewarm, warm_up
+from tuner.measure import Clocks, difference, idle_watts, measure, settling_seconds, warm_up
 from tuner.meters import MeterOptions, open_meter
 from tuner.space import Config, Lever, Refused, Value
 from tuner.telemetry import Sampler
@@ -117,10 +117,13 @@ def run(job: Job, report: Phases, found: Found) -> None:
         with runner.launch(job.config, job.target) as engine:
             found.load_seconds = time.perf_counter() - started
             found.effective = dict(engine.effective)
-            found.warm_up = warm_up(engine, plan, clocks, report, sampler)
+            found.warm_up = warm_up(engine, meter, plan, clocks, report, sampler)
             if machine_watts is not None:
+                report("letting the clocks fall")
+                clocks.sleep(settling_seconds(job.idle_seconds))
                 loaded_watts = idle()
-                rewarm(engine, plan, clocks)
+                # The device has cooled and its clocks are down: the windows need the steady state anew.
+                found.warm_up = warm_up(engine, meter, plan, clocks, report, sampler)
                 if loaded_watts is not None:
                     found.idle = Idle(
                         machine_watts=machine_watts,

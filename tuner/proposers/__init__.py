@@ -13,15 +13,18 @@ from importlib.util import find_spec
 from tuner.space import Refused, closest, excerpt
 from tuner.trial import Proposer
 
-CLASSICAL = ("rules", "sobol", "random", "tpe", "gp", "cmaes")
+CLASSICAL = ("rules", "sobol", "random", "tpe", "gp", "cmaes", "grid")
 """The proposers that need no chat model."""
+
+LIMITED = ("largest",)
+"""Those that make sense only where a limit may be broken: in comparisons, on problems that have one."""
 
 
 def open_classical(name: str, seed: int) -> Proposer:
     """The proposer called `name`. Only its own file is imported: scipy and optuna take seconds.
 
     Args:
-        name: one of `CLASSICAL`.
+        name: one of `CLASSICAL` or `LIMITED`.
         seed: 0 or more; the same seed and history give the same proposals.
 
     Raises:
@@ -42,6 +45,14 @@ def open_classical(name: str, seed: int) -> Proposer:
             from tuner.proposers.random import Random
 
             return Random(seed)
+        case "grid":
+            from tuner.proposers.grid import Grid
+
+            return Grid(seed)
+        case "largest":
+            from tuner.proposers.largest import Largest
+
+            return Largest(seed)
         case "tpe" | "gp" | "cmaes":
             if name == "gp" and find_spec("torch") is None:
                 raise Refused(
