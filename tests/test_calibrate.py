@@ -755,7 +755,7 @@ def test_the_launch_beside_which_power_is_asked_for_counts_for_nothing_else(tmp_
     assert made[0][1], "power is asked for beside this one"
     assert idle[0] == 0.0
     assert found.trials == launches(1.0, 1.1, 0.9, 1.0)
-    assert said[0] == "launch 1 of 4: 1.00 J/token"
+    assert said[:2] == ["one launch more, to hold the counter against its power", "launch 1 of 4: 1.00 J/token"]
 
 
 def test_power_is_asked_for_beside_no_launch_that_counts(tmp_path, gpu, monkeypatch):

@@ -94,9 +94,8 @@ def prepare(
     if asked_for and plan.window_seconds and plan.window_seconds > asked_for:
         sampled = meters.quality == "sampled"
         why = "thirty samples of power" if sampled else f"{PERIODS_IN_A_WINDOW} updates of the slowest counter"
-        say(
-            f"windows last {plan.window_seconds:g} s and not {asked_for:g} s: {why}{'; --fast keeps to what was asked for' if search else ''}"
-        )
+        way_out = "; --fast keeps to what was asked for" if search else ""
+        say(f"windows last {plan.window_seconds:g} s and not {asked_for:g} s: {why}{way_out}")
     return _with_noise(
         replace(
             header,
