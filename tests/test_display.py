@@ -567,7 +567,12 @@ def test_the_summary_holds_best_against_default_and_what_it_took():
     [(True, "launch it with\n"), (False, "launch the best of the search with (not shown to save)\n")],
 )
 def test_a_command_whose_saving_is_not_confirmed_says_so(shown, label):
-    assert f"\n{label}  run  --it\n" in summed(HISTORY, shown=shown)
+    better = HISTORY.add(trial(1, {"parallel": 8}, joules=(0.7,)))
+    assert f"\n{label}  run  --it\n" in summed(better, shown=shown)
+
+
+def test_where_the_default_is_the_best_its_command_is_called_so():
+    assert "\nlaunch the default with\n  run  --it\n" in summed(HISTORY, shown=False)
 
 
 def test_a_summary_says_where_the_machine_drifted():

@@ -743,6 +743,7 @@ class Screen:
         if command:
             self._stdout.print()
             label = "launch it with" if shown else "launch the best of the search with (not shown to save)"
+            label = "launch the default with" if best is default else label
             self._stdout.print(Text(label, "dim"))
             for line in command.splitlines():
                 self._stdout.print(Text("  ") + self._text(line, lines=True), soft_wrap=True)
@@ -788,9 +789,9 @@ class Screen:
             if idle:
                 rows.append(("idle power", idle_text(idle)))
             if (rest := above_idle(history.best, idle)) is not None:
-                rows.append(
-                    ("energy above idle", f"{joules_text(rest)}/{unit(history.best)} (secondary, not tuned for)")
-                )
+                quality = quality_text(history.best)
+                note = f"{quality and f'{quality}, '}first launch; not tuned for"
+                rows.append(("energy above idle", f"{joules_text(rest)}/{unit(history.best)} ({note})"))
             self._facts(rows)
         if study.ends:
             self._stdout.print()
