@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import SPACE, trial, window
 
+from tuner.cli import DEFAULT_PAIRS
 from tuner.confirm import (
-    DEFAULT_PAIRS,
     LEAST_PAIRS,
     MOST_PRUNE_TESTS,
     Failures,

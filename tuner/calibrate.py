@@ -46,6 +46,7 @@ from tuner.space import Config, Refused, Value
 from tuner.summary import (
     FIT_FREEDOM,
     joules_text,
+    launch_text,
     number_text,
     percent_text,
     quality_text,
@@ -57,7 +58,6 @@ from tuner.trial import Idle, Meter, MeterError, Noise, Proposal, Target, Trial
 # Version 1: one calibration a file.
 FORMAT = 1
 
-LAUNCHES = 8
 LEAST_LAUNCHES = FIT_FREEDOM + 1
 """Of fewer the noise is not believed (`tuner.summary.noise`): of three launches the ends of sigma's 95 % interval lie
 a factor of 12 apart (chi-square)."""
@@ -603,7 +603,7 @@ def run_calibration(
             if not beside.agreements and not beside.notes:
                 names = " and ".join(looked.with_power)
                 beside.notes += (
-                    f"{names}: not compared with power under load: the launch for it {_launch_text(tried)}",
+                    f"{names}: not compared with power under load: the launch for it {launch_text(tried)}",
                 )
             found = replace(
                 found, agreements=(*found.agreements, *beside.agreements), notes=(*found.notes, *beside.notes)
@@ -611,7 +611,7 @@ def run_calibration(
         for number in range(launches):
             trial = _launch(launcher, number, found, _UnderLoad((), options, report))
             found = replace(found, trials=(*found.trials, trial))
-            say(f"launch {number + 1} of {launches}: {_launch_text(trial)}")
+            say(f"launch {number + 1} of {launches}: {launch_text(trial)}")
             if number == 0 and trial.launch_joules_per_unit:
                 say(f"the others take about {seconds_text((launches - 1) * seconds_of_next(trial))} together")
             last = found.trials[-FAILURES_IN_A_ROW:]
@@ -677,16 +677,9 @@ def sentences(calibration: Calibration) -> list[tuple[str, str]]:
     return rows
 
 
-def _launch_text(trial: Trial) -> str:
-    if not trial.launch_joules_per_unit:
-        return f"failed: {trial.error or 'the meter read 0 J'}"
-    unit = trial.valid[0].work.unit
-    return " ".join(filter(None, (f"{joules_text(trial.launch_joules_per_unit)}/{unit}", quality_text(trial))))
-
-
 def _failures_text(c: Calibration) -> str:
     failed = [t for t in c.trials if not t.launch_joules_per_unit]
-    return "; ".join(f"launch {t.number + 1} {_launch_text(t)}" for t in failed)
+    return "; ".join(f"launch {t.number + 1} {launch_text(t)}" for t in failed)
 
 
 def _count_text(c: Calibration) -> str:

@@ -1537,7 +1537,7 @@ def record(
     from tuner.journal import Header
     from tuner.record import RecordError, Sample, default_name
     from tuner.record import record as make_table
-    from tuner.summary import ASSUMED, energy_text
+    from tuner.summary import launch_text
 
     with _screen() as screen:
         chosen = Sample.parse(sample)
@@ -1584,8 +1584,7 @@ def record(
         screen.say(header.meter_sentence)
 
         def ended(trial: Trial, done: int, planned: int) -> None:
-            outcome = energy_text(trial, ASSUMED) if trial.joules_per_unit is not None else f"failed: {trial.error}"
-            screen.say(f"launch {done} of {planned}: {outcome}")
+            screen.say(f"launch {done} of {planned}: {launch_text(trial)}")
 
         try:
             with _signals(), _powered(header, bench, screen) as control:

@@ -34,7 +34,6 @@ Sides = Sequence[tuple[Trial, Trial]]
 """Reference and candidate of each pair in which both were measured."""
 
 LEAST_PAIRS = LEAST_VALUES
-DEFAULT_PAIRS = 8
 
 MATTERS = 0.01
 """A change that is worth less than this goes back to its default."""

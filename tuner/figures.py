@@ -60,8 +60,6 @@ DASHES: tuple[Any, ...] = (
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
-FORMATS = ("svg", "pdf", "png")
-
 Key = tuple[tuple[str, str], ...]
 """A configuration as something that can be counted."""
 

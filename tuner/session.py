@@ -84,7 +84,7 @@ class Session:
             if not isinstance(leaving, Exception):
                 self._interrupted()
             raise
-        self._conclude(end, found)
+        self._conclude(end)
         return end, found
 
     def confirm(self) -> Saving | None:
@@ -113,7 +113,7 @@ class Session:
                 self.screen.close()
                 self.screen.warn(f"stopped; finished pairs are kept. Go on with `tune confirm {self.journal.folder}`")
             raise
-        self._conclude(None, found)
+        self._conclude(None)
         return found
 
     # --- before ---
@@ -302,7 +302,7 @@ class Session:
             lambda names, number: self.screen.pruning(names, number + 1, pairs),
         )
 
-    def _verdict(self, end: End | None, found: Saving | None) -> str:
+    def _verdict(self, end: End | None) -> str:
         study, planned = self.journal.study, self.header.confirm_pairs
         default, best = study.history.default, study.history.best
         if best is None:
@@ -315,11 +315,10 @@ class Session:
             return said
         if self.header.plan.fast:
             return f"Fast mode ranks and claims nothing: `tune confirm {self.journal.folder}` measures the best."
-        if end is None or end.kind in ("person", "chat") or not planned:
-            return verdict(None, 0, 0)
-        return verdict(found, 0, planned)
+        left_out = end is None or end.kind in ("person", "chat")
+        return verdict(None, 0, 0 if left_out else planned)
 
-    def _conclude(self, end: End | None, found: Saving | None) -> None:
+    def _conclude(self, end: End | None) -> None:
         history = self.journal.study.history
         best = history.best
         shortest, attempts = shortened(self.journal.study)
@@ -333,7 +332,7 @@ class Session:
             shown=shortest is not None,
             pairs=self.journal.study.pairs,
             command=self._command(config) if config else None,
-            verdict=self._verdict(end, found),
+            verdict=self._verdict(end),
             folder=self.journal.folder,
         )
 

@@ -523,6 +523,14 @@ def energy_text(trial: Trial, known: Noise) -> str:
     )
 
 
+def launch_text(trial: Trial) -> str:
+    """What one launch measured, alone and so without an interval: `412 mJ/token estimated`, or `failed: CAUSE`."""
+    if not trial.launch_joules_per_unit:
+        return f"failed: {trial.error or 'the meter read 0 J'}"
+    figure = f"{joules_text(trial.launch_joules_per_unit)}/{unit(trial)}"
+    return " ".join(filter(None, (figure, quality_text(trial))))
+
+
 def unit(trial: Trial) -> Unit:
     """What the trial's energy is divided by."""
     return trial.measurements[0].work.unit if trial.measurements else "token"
