@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -387,15 +387,7 @@ def run(
         header = Header(
             name=name or "",
             workload=_lasting("runners", workload, named=_given(context, "workload")),
-            target=_target(
-                model=model,
-                size=size,
-                prompts=prompts,
-                prompt_tokens=prompt_tokens,
-                output_tokens=output_tokens,
-                seed=seed,
-                allow_lossy=allow_lossy,
-            ),
+            target=_target(context.params),
             proposer=proposer or "llm",
             base_url=base_url,
             seed=seed,
@@ -407,12 +399,8 @@ def run(
             confirm_pairs=0 if fast else DEFAULT_PAIRS if pairs is None else pairs,
             prune=prune,
             plan=_plan(
-                windows=3 if fast and not _given(context, "windows") else windows,
-                window=window,
-                timeout=timeout,
-                warm_up=warm_up,
-                cool_down=cool_down,
-                most_others=most_others,
+                context.params,
+                windows=3 if fast and not _given(context, "windows") else None,
                 repeats="1" if fast else repeats,
                 fast=fast,
             ),
@@ -436,14 +424,7 @@ def run(
             warning=choice.warning,
             batch=batch,
             meter=meter,
-            options=_meter_options(
-                cpu_watts=cpu_watts,
-                wall_command=wall_command,
-                wall_url=wall_url,
-                wall_unit=wall_unit,
-                wall_field=wall_field,
-                wall_interval=wall_interval,
-            ),
+            options=_meter_options(context.params),
         )
 
 
@@ -486,44 +467,46 @@ def _pairs(option: str, pairs: int | None, *, or_none: bool) -> int | None:
     return pairs
 
 
-def _meter_options(*, cpu_watts: str | None, wall_interval: str | None, **wall: str | None) -> MeterOptions:
+# Options that several commands have are read from the command's parameters, by the names that they have there.
+_LOAD_OPTIONS = ("model", "size", "prompts", "prompt_tokens", "output_tokens", "seed", "allow_lossy")
+_WALL_OPTIONS = ("wall_command", "wall_url", "wall_unit", "wall_field")
+_PLAN_OPTIONS = ("windows", "window", "timeout", "warm_up", "cool_down", "most_others")
+
+
+def _meter_options(params: Mapping[str, Any]) -> MeterOptions:
     from tuner.meters import MeterOptions
 
-    interval = seconds("--wall-interval", wall_interval) if wall_interval else None
-    return MeterOptions.parse(cpu_watts, wall_interval=interval, **wall)
+    wall = {name: params[name] for name in _WALL_OPTIONS}
+    interval = params["wall_interval"]
+    return MeterOptions.parse(
+        params["cpu_watts"], wall_interval=seconds("--wall-interval", interval) if interval else None, **wall
+    )
 
 
-def _target(*, model: str | None, **load: Any) -> Target:
+def _target(params: Mapping[str, Any]) -> Target:
     from tuner.trial import Target
 
+    load = {name: params[name] for name in _LOAD_OPTIONS if name in params}
     # A model file is named from where the person stands now; a resume may stand elsewhere.
-    local = Path(model).expanduser() if model else None
-    return Target(model=str(local.absolute()) if local and local.exists() else model, **load)
+    local = Path(load["model"]).expanduser() if load["model"] else None
+    return Target(**{**load, "model": str(local.absolute()) if local and local.exists() else load["model"]})
 
 
-def _plan(
-    *,
-    windows: int,
-    window: str | None,
-    timeout: str,
-    warm_up: str | None,
-    cool_down: str | None,
-    most_others: float,
-    repeats: str = "1",
-    fast: bool = False,
-) -> Plan:
+def _plan(params: Mapping[str, Any], *, windows: int | None = None, repeats: str = "1", fast: bool = False) -> Plan:
+    """`windows`: in place of those that were typed or are usual."""
     from tuner.journal import Plan
 
     usual = Plan()
     if repeats != "auto" and not (repeats.isascii() and repeats.isdigit() and 1 <= int(repeats) <= 100):
         raise Refused(f"--repeats {repeats[:40]!r}: expected auto, or a number of launches from 1 to 100")
+    window, warm_up, cool_down = params["window"], params["warm_up"], params["cool_down"]
     return Plan(
-        windows=windows,
+        windows=windows or params["windows"],
         window_seconds=seconds("--window", window) if window else None,
-        timeout_seconds=seconds("--timeout", timeout),
+        timeout_seconds=seconds("--timeout", params["timeout"]),
         warm_up_seconds=_span("--warm-up", warm_up) if warm_up else None,
         cool_down_seconds=_seconds_or_0("--cool-down", cool_down) if cool_down else None,
-        most_others=most_others,
+        most_others=params["most_others"],
         launches=usual.launches if repeats == "auto" else int(repeats),
         sentinel_every=0 if repeats == "1" else usual.sentinel_every,
         fast=fast,
@@ -792,38 +775,16 @@ def calibrate(
         header = Header(
             name="calibration",
             workload=_lasting("runners", workload, named=_given(context, "workload")),
-            target=_target(
-                model=model,
-                size=size,
-                prompts=prompts,
-                prompt_tokens=prompt_tokens,
-                output_tokens=output_tokens,
-                seed=seed,
-                allow_lossy=allow_lossy,
-            ),
+            target=_target(context.params),
             proposer="default",
             pins=tuple(pin or ()),
-            plan=_plan(
-                windows=windows,
-                window=window,
-                timeout=timeout,
-                warm_up=warm_up,
-                cool_down=cool_down,
-                most_others=most_others,
-            ),
+            plan=_plan(context.params),
             require_measured=require_measured,
         )
         header, bench = prepare(
             header,
             meter=meter,
-            options=_meter_options(
-                cpu_watts=cpu_watts,
-                wall_command=wall_command,
-                wall_url=wall_url,
-                wall_unit=wall_unit,
-                wall_field=wall_field,
-                wall_interval=wall_interval,
-            ),
+            options=_meter_options(context.params),
             say=screen.say,
             search=False,
         )
@@ -942,6 +903,7 @@ def prompt(
 
 @app.command()
 def doctor(
+    context: typer.Context,
     cpu_watts: CpuWatts = None,
     wall_command: WallCommand = None,
     wall_url: WallUrl = None,
@@ -953,14 +915,7 @@ def doctor(
     from tuner.doctor import examine
 
     with _screen() as screen:
-        options = _meter_options(
-            cpu_watts=cpu_watts,
-            wall_command=wall_command,
-            wall_url=wall_url,
-            wall_unit=wall_unit,
-            wall_field=wall_field,
-            wall_interval=wall_interval,
-        )
+        options = _meter_options(context.params)
         screen.doctor(examine(options))
 
 
@@ -1222,41 +1177,19 @@ def compare(
                     Header(
                         name="",
                         workload=_lasting("runners", workload, named=True),
-                        target=_target(
-                            model=model,
-                            size=size,
-                            prompts=prompts,
-                            prompt_tokens=prompt_tokens,
-                            output_tokens=output_tokens,
-                            allow_lossy=allow_lossy,
-                        ),
+                        target=_target(context.params),
                         proposer="default",
                         llm=llm,
                         base_url=base_url,
                         pins=tuple(pin or ()),
                         ranges=tuple(narrow or ()),
-                        plan=_plan(
-                            windows=windows,
-                            window=window,
-                            timeout=timeout,
-                            warm_up=warm_up,
-                            cool_down=cool_down,
-                            most_others=most_others,
-                            fast=True,
-                        ),
+                        plan=_plan(context.params, fast=True),
                         require_measured=require_measured,
                         tune_version=__version__,
                         started_unix=time.time(),
                     ),
                     meter=meter,
-                    options=_meter_options(
-                        cpu_watts=cpu_watts,
-                        wall_command=wall_command,
-                        wall_url=wall_url,
-                        wall_unit=wall_unit,
-                        wall_field=wall_field,
-                        wall_interval=wall_interval,
-                    ),
+                    options=_meter_options(context.params),
                     screen=screen,
                     **about,
                 )
@@ -1280,28 +1213,15 @@ def compare(
 
 _LIVE_ONLY = frozenset(
     {
-        "model",
-        "size",
-        "prompts",
-        "prompt_tokens",
-        "output_tokens",
-        "allow_lossy",
+        *_LOAD_OPTIONS,
+        *_WALL_OPTIONS,
+        *_PLAN_OPTIONS,
         "pin",
         "narrow",
         "meter",
         "require_measured",
         "cpu_watts",
-        "wall_command",
-        "wall_url",
-        "wall_unit",
-        "wall_field",
         "wall_interval",
-        "windows",
-        "window",
-        "timeout",
-        "warm_up",
-        "cool_down",
-        "most_others",
     }
 )
 _TABLE_ONLY = frozenset({"noise", "anonymise", "replay_llm"})
@@ -1544,41 +1464,19 @@ def record(
         header = Header(
             name="recording",
             workload=_lasting("runners", workload, named=_given(context, "workload")),
-            target=_target(
-                model=model,
-                size=size,
-                prompts=prompts,
-                prompt_tokens=prompt_tokens,
-                output_tokens=output_tokens,
-                seed=seed,
-                allow_lossy=allow_lossy,
-            ),
+            target=_target(context.params),
             proposer=str(chosen),
             seed=seed,
             pins=tuple(pin or ()),
             ranges=tuple(narrow or ()),
-            plan=_plan(
-                windows=windows,
-                window=window,
-                timeout=timeout,
-                warm_up=warm_up,
-                cool_down=cool_down,
-                most_others=most_others,
-            ),
+            plan=_plan(context.params),
             require_measured=require_measured,
             power_control=allow_power_control,
         )
         header, bench = prepare(
             header,
             meter=meter,
-            options=_meter_options(
-                cpu_watts=cpu_watts,
-                wall_command=wall_command,
-                wall_url=wall_url,
-                wall_unit=wall_unit,
-                wall_field=wall_field,
-                wall_interval=wall_interval,
-            ),
+            options=_meter_options(context.params),
             say=screen.say,
         )
         screen.say(header.meter_sentence)
