@@ -18,7 +18,9 @@ import psutil
 import pytest
 from fakes.providers import Provider, answer, failure
 
-from tuner.journal import NAME, read
+from tuner.cli import _reached
+from tuner.journal import NAME, End, read
+from tuner.study import Threshold
 
 ENGINE = Path(__file__).parent / "fakes" / "engine.py"
 TUNE = [sys.executable, "-m", "tuner.cli"]
@@ -546,3 +548,9 @@ def test_resuming_on_another_engine_is_refused_and_force_goes_on_as_a_segment_th
     assert trials[2].proposal.source == "default"
     assert all(t.segment == 1 for t in study().history.measured)
     assert "segment" in tune("report", "results/s").stdout
+
+
+@pytest.mark.parametrize(("confirmed", "reached"), [(False, True), (True, False)])
+def test_fresh_runs_that_show_nothing_reach_no_threshold(confirmed, reached):
+    goal = End(kind="goal", reason="trial 1 is at or below the threshold")
+    assert _reached(Threshold.parse("0.8x"), goal, None, confirmed=confirmed) is reached

@@ -667,14 +667,19 @@ def _go(
     if end.kind in ("failures", "chat") or journal.study.history.best is None:
         raise typer.Exit(FAILURE)
     threshold = Threshold.parse(header.threshold) if header.threshold else None
-    raise typer.Exit(SUCCESS if threshold is None or _reached(threshold, end, found) else UNFINISHED)
+    confirmed = bool(journal.study.pairs)
+    reached = threshold is None or _reached(threshold, end, found, confirmed=confirmed)
+    raise typer.Exit(SUCCESS if reached else UNFINISHED)
 
 
-def _reached(threshold: Threshold, end: End, found: Saving | None) -> bool:
-    """Whether the threshold was reached: by fresh runs where there are any, else by the search's own figure."""
+def _reached(threshold: Threshold, end: End, found: Saving | None, *, confirmed: bool) -> bool:
+    """Whether the threshold was reached: by fresh runs where there are any, else by the search's own figure.
+
+    Fresh runs that show nothing, because the best failed in one of them, reach nothing.
+    """
     if end.kind != "goal":
         return False
-    return found is None or threshold.reached(found.ratio, found.best_joules_per_unit)
+    return not confirmed if found is None else threshold.reached(found.ratio, found.best_joules_per_unit)
 
 
 # --- tune confirm ------------------------------------------------------------------------------
