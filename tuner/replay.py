@@ -600,7 +600,14 @@ class Replay:
             energy={DOMAIN: Energy(joules, joules, joules)},
             quality=QUALITY,
             meter=METER,
+            metrics={name: row.metrics[name] for name in self._told if name in row.metrics},
         )
+
+    @property
+    def _told(self) -> tuple[str, ...]:
+        """The metrics that a method hears of beside the energy: those of limits, and what a person waits for."""
+        columns = [*(limit.column for limit in self.table.limits), self.table.about.latency]
+        return tuple(dict.fromkeys(c for c in columns if c))
 
 
 def step_of(trial: Trial, table: Table) -> Step:

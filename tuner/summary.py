@@ -311,14 +311,18 @@ def _sweep(matrix: list[list[float]], k: int) -> None:
 # --- where the energy goes -------------------------------------------------------------------
 
 
-def where_energy_goes(trial: Trial) -> dict[str, str]:
-    """What a specialist asks of one measured trial, each figure with its unit; only what is known is there."""
+def where_energy_goes(trial: Trial, quality: str | None = None) -> dict[str, str]:
+    """What a specialist asks of one measured trial, each figure with its unit; only what is known is there.
+
+    `quality` is what its energies are called; left out, what the trial says of them.
+    """
     windows = trial.valid
     if not windows:
         return {}
     seconds = sum(m.seconds for m in windows)
     joules = sum(m.joules for m in windows)
-    label = "" if trial.quality == "measured" else f" ({trial.quality})"
+    quality = quality or trial.quality
+    label = "" if quality == "measured" else f" ({quality})"
     said: dict[str, str] = {}
     prefill = _sum(m.work.prefill_seconds for m in windows)
     decode = _sum(m.work.decode_seconds for m in windows)

@@ -238,6 +238,8 @@ class Measurement:
     wraps: Mapping[str, int] = field(default_factory=dict)
     """How often a domain's counter started again at 0 inside the window; only domains whose counter did."""
     telemetry: Telemetry | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What else this window showed, by a name that says its unit (`ttft_p95_s`): latencies, throughput, quality."""
     invalid: tuple[str, ...] = ()
     """The causes that make this window invalid; empty when it counts."""
 
@@ -401,6 +403,13 @@ class Trial:
         """Units over seconds, over the windows of all launches."""
         windows = [m for t in self.launches for m in t.valid]
         return sum(m.work.units for m in windows) / sum(m.seconds for m in windows) if windows else None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Mean of each metric over the windows of all launches that have it."""
+        windows = [m.metrics for t in self.launches for m in t.valid]
+        known = {name: [w[name] for w in windows if name in w] for window in windows for name in window}
+        return {name: statistics.fmean(values) for name, values in known.items()}
 
     @property
     def quality(self) -> Quality | None:

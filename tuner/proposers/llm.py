@@ -285,7 +285,7 @@ class View:
             ],
             "noise": summary.noise_text(known),
             "effects": [e.sentence for e in summary.effects(space, history)],
-            "energy": dict(summary.where_energy_goes(best)) if best else {},
+            "energy": dict(summary.where_energy_goes(best, str(self.workload.get("quality") or ""))) if best else {},
             "remarks": [remark_view(space, d) for d in history.decisions if told(d)],
             "new_remarks": [remark_view(space, d) for d in untold(history)],
         }
@@ -311,6 +311,7 @@ class View:
             "within_noise_of_best": bool(beside and beside.within_noise),
             "predicted_joules_per_unit": trial.proposal.predicted_joules_per_unit,
             "units_per_second": trial.units_per_second,
+            "metrics": trial.metrics,
             "error": trial.error,
         }
 
