@@ -35,10 +35,12 @@ from tuner.compare import (
     view_of,
 )
 from tuner.convergence import Target
+from tuner.files import find
 from tuner.journal import JournalError
 from tuner.live import latin_order
 from tuner.outcome import Outcome, parse_targets
 from tuner.proposers import open_classical
+from tuner.proposers.llm import read_template, render
 from tuner.replay import Replay, problem
 from tuner.runs import Run, Step
 from tuner.space import Refused
@@ -349,6 +351,29 @@ def test_a_template_sees_limits_and_hardware_and_neither_the_best_nor_the_table_
     assert f"{table.best.joules_per_unit:g}"[:6] not in text
     assert table.name not in text
     assert seen["goal"]["trials_left"] == 20
+
+
+def test_a_template_sees_the_figures_that_limits_are_set_on_of_what_keeps_to_them():
+    table = load_table(LIMITED)
+    seen = view_of(problem(table), 20, None).of(table.space, after_the_default(table))
+    metrics = seen["history"]["results"][0]["metrics"]
+    assert metrics == {"time_per_epoch": table.default.metrics["time_per_epoch"]}
+
+
+def test_a_prompt_of_a_recorded_problem_never_says_that_it_is_replayed():
+    table = load_table(LIMITED)
+    view = view_of(problem(table), 20, None).of(table.space, after_the_default(table))
+    for name in ("enhanced", "baseline"):
+        path = find("prompts", name)
+        assert "replay" not in render(read_template(path), path, view)
+
+
+@pytest.mark.parametrize("name", ["enhanced", "baseline"])
+def test_both_shipped_prompts_tell_the_limits(name):
+    table = load_table(LIMITED)
+    view = view_of(problem(table), 20, None).of(table.space, after_the_default(table))
+    path = find("prompts", name)
+    assert "time_per_epoch<=1030.065" in render(read_template(path), path, view)
 
 
 def after_the_default(table):

@@ -120,6 +120,15 @@ def test_everything_goes_to_files_when_it_is_asked_for():
     assert SMALL in page
 
 
+def test_methods_can_be_compared_with_one_of_them_only():
+    asked = ["--table", SMALL, "--methods", "rules,random,sobol", "--seeds", 6, "--trials", 4]
+    done = compare(*asked, "--against", "random")
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith("Within")]
+    assert len(said) == 4
+    assert all("random" in line for line in said)
+
+
 def test_a_file_on_standard_output_is_alone_there():
     done = compare("--table", SMALL, "--methods", "random", "--seeds", 1, "--trials", 2, "--csv", "-")
     assert done.returncode == 0
@@ -243,6 +252,7 @@ TABLE = ["--table", SMALL]
         ([*TABLE, "--methods", "enhanced", "--replay-llm", "nowhere"], "no comparison here"),
         ([*TABLE, "--name", "../x"], "--name"),
         ([*TABLE, "--llm-price", "dear"], "--llm-price"),
+        ([*TABLE, "--against", "tpo"], "expected one of the methods compared: rules, sobol, random, tpe"),
     ],
 )
 def test_what_cannot_be_compared_is_one_sentence_and_exit_code_2_and_leaves_nothing(arguments, words):

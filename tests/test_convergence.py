@@ -624,6 +624,34 @@ def test_different_budgets_are_compared_up_to_the_least_and_this_is_said():
     assert any(note.startswith("Budgets differ") for note in found.notes)
 
 
+def on_twins(with_names, without, problems=7, **more):
+    """A method on so many tables and on the twin of each, two seeds: times with names and without."""
+    names = [f"p{k}" for k in range(problems)]
+    runs = [r for n in names for r in runs_at(with_names, on=n, **more)]
+    runs += [r for n in names for r in runs_at(without, on=f"twin-{n}", **more)]
+    twins = [problem(f"twin-{n}", anonymised=True, twin_of=n) for n in names]
+    return [*map(problem, names), *twins], runs
+
+
+def test_a_model_that_does_worse_without_names_is_told_from_one_that_does_not():
+    recalls = analyse(*on_twins([1, 2], [8, 9], prompts=10), [FIVE]).recall
+    assert [(c.method, c.other, c.problems, c.distinct) for c in recalls] == [("m", "m without names", 7, True)]
+    assert recalls[0].difference == pytest.approx(1.5 - 8.5)
+    assert "m needs 7.0 proposals fewer than m without names" in recalls[0].sentence
+    (searches,) = analyse(*on_twins([3, 4], [4, 3], prompts=10), [FIVE]).recall
+    assert not searches.distinct
+
+
+def test_tables_are_compared_with_their_twins_only_for_methods_that_ask_a_model():
+    assert analyse(*on_twins([1, 2], [8, 9]), [FIVE]).recall == ()
+
+
+def test_what_twins_show_is_said_and_is_a_row_of_the_comparisons():
+    found = analyse(*on_twins([1, 2], [8, 9], prompts=10), [FIVE])
+    assert any("fewer than m without names" in sentence for sentence in found.sentences)
+    assert [row["other"] for row in found.comparison_rows()] == ["m without names"]
+
+
 def test_an_anonymised_twin_is_no_further_problem():
     problems = [problem("p"), problem("q"), problem("twin", anonymised=True)]
     found = analyse(problems, [run([2.0, 1.0], on=p.name) for p in problems], [FIVE])

@@ -169,6 +169,17 @@ def test_a_live_workload_whose_best_nobody_knows_has_a_page():
     assert "nobody knows the best" in said
 
 
+def test_what_twins_show_has_a_heading_of_its_own():
+    of = comparisons.problems(6)
+    twins = [comparisons.problem(p.name, anonymised=True, twin_of=p.name) for p in of]
+    named = [replace(t, name=f"twin-{t.name}") for t in twins]
+    runs = comparisons.runs(of, ("enhanced",), seeds=3)
+    again = [replace(r, problem=f"twin-{r.problem}") for r in runs]
+    text = page({"title": "t"}, [*of, *named], [*runs, *again], analyse([*of, *named], [*runs, *again]))
+    assert "Tables against their twins without names" in text
+    assert "enhanced without names" in text
+
+
 def test_a_twin_with_noise_and_other_names_says_so():
     of = [comparisons.problem("p", anonymised=True, noise_sigma=0.05)]
     runs = comparisons.runs(of, ("rules", "sobol"), seeds=3)

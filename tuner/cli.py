@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -1055,6 +1055,15 @@ def compare(
             rich_help_panel=STOP,
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD",
+            help="Compare every method with this one only: fewer comparisons to correct for, if you choose it"
+            " beforehand. Left out, every two are compared.",
+            rich_help_panel=COMPARE,
+        ),
+    ] = None,
     threshold: Annotated[
         str | None,
         typer.Option(
@@ -1143,14 +1152,14 @@ def compare(
         targets = parse_targets(within, threshold)
         files = {"csv": csv, "steps": steps, "json": json, "html": html}
         if studies:
-            outcome = _compare_studies(screen, studies, targets)
+            outcome = _compare_studies(screen, studies, targets, against)
         elif resume is not None:
             asked = comparing.read_question(resume)
             if max_prompts is not None:
                 asked = replace(asked, max_prompts=max_prompts)
             if within is None:
                 targets = parse_targets(",".join(asked.targets) or None, asked.threshold)
-            outcome = _run_comparison(screen, asked, resume, targets, fresh=False)
+            outcome = _run_comparison(screen, asked, resume, targets, against, fresh=False)
         else:
             names = comparing.parse_methods(methods)
             templates = any(map(comparing.uses_llm, names))
@@ -1210,7 +1219,7 @@ def compare(
                     replay_llm=str(replay_llm) if replay_llm else None,
                     **about,
                 )
-            outcome = _run_comparison(screen, asked, results / f"compare-{asked.name}", targets, fresh=True)
+            outcome = _run_comparison(screen, asked, results / f"compare-{asked.name}", targets, against, fresh=True)
         outcome = replace(outcome, prices=prices)
         _show_outcome(screen, outcome, files)
     raise typer.Exit(FAILURE if outcome.missing else SUCCESS)
@@ -1230,7 +1239,7 @@ _LIVE_ONLY = frozenset(
     }
 )
 _TABLE_ONLY = frozenset({"noise", "anonymise", "replay_llm"})
-_OUTPUTS = frozenset({"csv", "steps", "json", "html", "within", "llm_price"})
+_OUTPUTS = frozenset({"csv", "steps", "json", "html", "within", "against", "llm_price"})
 
 
 def _refuse_mixed_ways(context: typer.Context) -> None:
@@ -1288,16 +1297,17 @@ def _chat_for(llm: str | None, base_url: str | None, methods: tuple[str, ...]) -
 
 
 def _run_comparison(
-    screen: Screen, asked: Question, folder: Path, targets: tuple[Goal, ...], *, fresh: bool
+    screen: Screen, asked: Question, folder: Path, targets: tuple[Goal, ...], against: str | None, *, fresh: bool
 ) -> Outcome:
     """Make what is missing of a comparison, and analyse what is there."""
     from tuner.chats import open_chat
-    from tuner.compare import HEADER, Store, make_runs, uses_llm
+    from tuner.compare import HEADER, Store, make_runs, method_name, uses_llm
     from tuner.convergence import check_targets
     from tuner.journal import lock
     from tuner.outcome import Outcome
 
     check_targets(asked.problems, targets)
+    _check_against(against, map(method_name, asked.methods))
     others = _stored_answers(asked)
     chat: Chat | None = None
     if asked.llm and others is None and any(map(uses_llm, asked.methods)):
@@ -1334,7 +1344,15 @@ def _run_comparison(
         finally:
             screen.close()
         runs = list(store.runs.values())
-    return Outcome.of(asked.name, asked.problems, runs, targets, expected=_expected(asked), asked=asked)
+    return Outcome.of(
+        asked.name, asked.problems, runs, targets, expected=_expected(asked), against=against, asked=asked
+    )
+
+
+def _check_against(against: str | None, methods: Iterable[str]) -> None:
+    """Refuse a method that takes no part, before anything is run."""
+    if against is not None and against not in (known := list(methods)):
+        raise Refused(f"--against {against[:40]}: expected one of the methods compared: {', '.join(known)}")
 
 
 def _stored_answers(asked: Question) -> dict[str, Call] | None:
@@ -1371,7 +1389,7 @@ def _run_live(screen: Screen, asked: Question, store: Store, chat: Chat | None) 
                 store.add(run)
 
 
-def _compare_studies(screen: Screen, studies: list[Path], targets: tuple[Goal, ...]) -> Outcome:
+def _compare_studies(screen: Screen, studies: list[Path], targets: tuple[Goal, ...], against: str | None) -> Outcome:
     from tuner.live import compare_studies
     from tuner.outcome import Outcome
 
@@ -1380,7 +1398,8 @@ def _compare_studies(screen: Screen, studies: list[Path], targets: tuple[Goal, .
     problem, runs, notes = compare_studies(studies)
     for note in notes:
         screen.say(note)
-    return Outcome.of("studies", [problem], runs, targets, expected=len(runs))
+    _check_against(against, sorted({run.method for run in runs}))
+    return Outcome.of("studies", [problem], runs, targets, expected=len(runs), against=against)
 
 
 def _show_outcome(screen: Screen, outcome: Outcome, files: dict[str, str | None]) -> None:

@@ -85,7 +85,7 @@ ASSUMPTIONS = (
     ),
     (
         "p-values are corrected by Holm over all comparisons of the same table: those over all problems are one"
-        " family, those per problem another, each over all targets."
+        " family, those per problem another, tables against their twins a third, each over all targets."
     ),
     "“Cannot be told apart” is not “equal”: the interval says how large a difference may still be.",
 )
@@ -437,6 +437,8 @@ class Analysis:
     """Method x target; empty where there is one problem."""
     comparisons: tuple[Comparison, ...]
     """Of every two methods: first those over all problems, then per problem."""
+    recall: tuple[Comparison, ...]
+    """Of each chat model's method on the tables with itself on their twins, over all problems that have one."""
     incomplete: tuple[Incomplete, ...]
     notes: tuple[str, ...]
     """What holds for these runs in particular."""
@@ -454,7 +456,7 @@ class Analysis:
     def sentences(self) -> tuple[str, ...]:
         """What the comparisons say, those over all problems where there are several; then what is missing."""
         headline = [c for c in self.comparisons if c.problem is None] or list(self.comparisons)
-        said = [f"{c.target.name[0].upper()}{c.target.name[1:]}: {c.sentence}." for c in headline]
+        said = [f"{c.target.name[0].upper()}{c.target.name[1:]}: {c.sentence}." for c in (*headline, *self.recall)]
         return (*said, *(i.sentence for i in self.incomplete), *self.notes)
 
     def to_rows(self) -> list[dict[str, Any]]:
@@ -490,7 +492,7 @@ class Analysis:
                 "note": c.note or None,
                 "sentence": c.sentence,
             }
-            for c in self.comparisons
+            for c in (*self.comparisons, *self.recall)
         ]
 
 
@@ -1134,9 +1136,46 @@ def analyse(
         cells=tuple(cells),
         overall=tuple(overall),
         comparisons=(*(_with_problems(c, corrected) for c in _corrected(over_all)), *corrected),
+        recall=_recall(by_name, groups, methods, horizons, targets, bootstrap, seed),
         incomplete=_missing(names, methods, groups),
         notes=_notes(by_name, names, counted, groups, horizons),
     )
+
+
+WITHOUT_NAMES = "without names"
+
+
+def _recall(
+    problems: Mapping[str, Problem],
+    groups: Mapping[tuple[str, str], _Group],
+    methods: Sequence[str],
+    horizons: Mapping[str, int],
+    targets: Sequence[Target],
+    bootstrap: int,
+    seed: int,
+) -> tuple[Comparison, ...]:
+    """Each method that asks a chat model, on tables against their twins; a family of its own for Holm.
+
+    What a model does better where it reads the names it remembered, or it used what the names mean.
+    """
+    twins = {p.twin_of: name for name, p in problems.items() if p.twin_of is not None}
+    found = []
+    for method, target in product(methods, targets):
+        both = [
+            (name, twin)
+            for name, twin in twins.items()
+            if (name, method) in groups and (twin, method) in groups and _talked(groups[name, method])
+        ]
+        if both:
+            pairs = [(groups[name, method], groups[twin, method]) for name, twin in both]
+            horizon = min(horizons[name] for pair in both for name in pair)
+            compared = _compare(pairs, target, horizon, bootstrap, seed)
+            found.append(replace(compared, problem=None, other=f"{method} {WITHOUT_NAMES}"))
+    return tuple(_corrected(found))
+
+
+def _talked(group: _Group) -> bool:
+    return any(k.run.prompts for k in group.known)
 
 
 def _grouped(problems: Mapping[str, Problem], runs: Iterable[Run]) -> dict[tuple[str, str], _Group]:

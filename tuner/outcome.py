@@ -69,10 +69,14 @@ class Outcome:
         targets: Sequence[Target],
         *,
         expected: int,
+        against: str | None = None,
         asked: Question | None = None,
         prices: tuple[float, float] | None = None,
     ) -> Outcome:
-        """Analyse the runs, brought into one order, so that the order in which they ended changes nothing."""
+        """Analyse the runs, brought into one order, so that the order in which they ended changes nothing.
+
+        `against`: the only method that the others are compared with, which leaves fewer comparisons to correct for.
+        """
         places = {p.name: place for place, p in enumerate(problems)}
         ordered = sorted(runs, key=lambda r: (places[r.problem], r.method, r.seed))
         if not ordered:
@@ -81,7 +85,7 @@ class Outcome:
             title=title,
             problems=tuple(problems),
             runs=tuple(ordered),
-            analysis=analyse(problems, ordered, targets),
+            analysis=analyse(problems, ordered, targets, against=against),
             expected=expected,
             left_out=asked.left_out if asked else (),
             asked=asked,

@@ -276,6 +276,17 @@ def _sentences(analysis: Analysis) -> list[dict[str, Any]]:
                     "other_title": f"{_count(len(other), 'pair')} that cannot be told apart, or not tested",
                 }
             )
+    if analysis.recall:
+        told = [(c, f"{clean(c.target.name)}: {_said(c)}") for c in analysis.recall]
+        other = [said for c, said in told if not c.distinct]
+        groups.append(
+            {
+                "title": "Tables against their twins without names",
+                "apart": [said for c, said in told if c.distinct],
+                "other": other,
+                "other_title": f"{_count(len(other), 'difference')} that cannot be told from none, or not tested",
+            }
+        )
     return groups
 
 

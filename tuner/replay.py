@@ -640,6 +640,7 @@ def problem(table: Table, *, noise_sigma: float = 0.0, resample: bool = False) -
         limits=tuple(map(str, table.limits)),
         noise_sigma=math.hypot(noise_sigma, (table.relative_sd or 0.0) if resample else 0.0),
         anonymised=table.anonymised,
+        twin_of=table.origin if table.anonymised else None,
         facts={name: getattr(table.about, name) for name in _FACTS},
     )
 

@@ -42,6 +42,8 @@ class Problem:
     noise_sigma: float = 0.0
     """Standard deviation of the replayed ln(joules per unit); 0 for exact replay."""
     anonymised: bool = False
+    twin_of: str | None = None
+    """The name of the table that an anonymised twin was made from."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """`hardware`, `model`, `engine`, `source`, `licence`, `trust`, `notes`; `machine` and `meter` of live ones."""
 
