@@ -14,6 +14,7 @@ RUNNERS = sorted((ROOT / "runners").glob("*.py"))
 LAYERS = [
     {"space", "intervals"},
     {"trial"},
+    {"limits"},
     {"journal", "machine", "summary", "runs"},
     {"convergence"},
     {

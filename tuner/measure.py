@@ -17,13 +17,15 @@ Clocks: `perf_counter` for lengths; the boot clock beside it shows whether the m
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tuner.journal import Plan
+from tuner.limits import QUANTILES
 from tuner.telemetry import Sampler
 from tuner.trial import Energy, Engine, Measurement, Meter, MeterError, Reading, Telemetry, WarmUp, Work
 
@@ -223,8 +225,10 @@ def _window(
 
     stretch = _stretch(meter, plan, clocks, sampler, load, least_watts)
     faults = [*stretch.faults, *unfinished(works, expected_units)]
+    work = together(works)
     return Measurement(
-        work=together(works),
+        # Every gap between two tokens would be most of the journal; its quantiles are in the metrics.
+        work=replace(work, itl_seconds=()),
         seconds=stretch.seconds,
         energy={} if faults else stretch.energy,
         quality=meter.quality,
@@ -238,8 +242,26 @@ def _window(
         aligned=stretch.aligned,
         wraps=stretch.wraps,
         telemetry=stretch.telemetry,
+        metrics=metrics_of(work, stretch.seconds),
         invalid=tuple(dict.fromkeys(faults)),
     )
+
+
+def metrics_of(work: Work, seconds: float) -> dict[str, float]:
+    """What limits may be set on, of one window: throughput, and mean and quantiles of each latency that was timed.
+
+    `latency` is a whole request's, `ttft` the time to its first token, `itl` the time between two of its tokens.
+    Quantiles are the smallest value that so many percent do not exceed: no value is made up between two of them.
+    """
+    found = {f"{work.unit}s_per_s": work.units / seconds} if seconds > 0 and work.units else {}
+    timed = {"latency": work.request_seconds, "ttft": work.ttft_seconds, "itl": work.itl_seconds}
+    for name, values in timed.items():
+        if values and all(math.isfinite(v) for v in values):
+            ordered = sorted(values)
+            found[f"{name}_mean_s"] = statistics.fmean(ordered)
+            for percent in QUANTILES:
+                found[f"{name}_p{percent}_s"] = ordered[math.ceil(percent / 100 * len(ordered)) - 1]
+    return found
 
 
 def _pass(engine: Engine) -> Work:
@@ -456,5 +478,7 @@ def together(works: Sequence[Work]) -> Work:
         prefill_seconds=total([w.prefill_seconds for w in works]),
         decode_seconds=total([w.decode_seconds for w in works]),
         request_seconds=tuple(s for w in works for s in w.request_seconds),
+        ttft_seconds=tuple(s for w in works for s in w.ttft_seconds),
+        itl_seconds=tuple(s for w in works for s in w.itl_seconds),
         failed_requests=sum(w.failed_requests for w in works),
     )

@@ -32,6 +32,7 @@ from typing import Literal
 import msgspec
 
 from tuner.files import find, names
+from tuner.limits import Limit, broken
 from tuner.runs import Problem, Step
 from tuner.space import Choice, Config, Effect, Refused, SearchSpace, Value, closest, excerpt, show
 from tuner.trial import Energy, Measurement, Proposal, Trial, Unit, Work
@@ -105,45 +106,6 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 _FACTS = ("hardware", "model", "engine", "task", "kind", "source", "revision", "licence", "trust", "notes")
 _REQUIRED = tuple(f.encode_name for f in msgspec.structs.fields(Metadata) if f.required)
-
-
-@dataclass(frozen=True)
-class Limit:
-    """What a configuration must keep to."""
-
-    column: str
-    most: bool
-    """Whether `bound` is the most that is allowed; else it is the least."""
-    bound: float
-
-    _GRAMMAR = re.compile(r"\s*([^<>=\s]+)\s*(<=|>=)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
-
-    @classmethod
-    def parse(cls, text: str, columns: Iterable[str]) -> Limit:
-        """`latency_s<=0.5` or `throughput>=10`, of a column of numbers."""
-        known = list(columns)
-        match = cls._GRAMMAR.fullmatch(text)
-        if match is None or not math.isfinite(float(match[3])):
-            raise Refused(f"limit {excerpt(text)}: expected COLUMN<=NUMBER or COLUMN>=NUMBER")
-        if match[1] not in known:
-            raise Refused(
-                f"limit {excerpt(text)}: no metric is called {excerpt(match[1])}{closest(match[1], known)}"
-                f" (the metrics are {', '.join(known)})"
-            )
-        return cls(column=match[1], most=match[2] == "<=", bound=float(match[3]))
-
-    def broken(self, metrics: Mapping[str, float]) -> str | None:
-        """`over the limit: latency_s 0.73 > 0.5`, or None when it holds."""
-        value = metrics[self.column]
-        if (value <= self.bound) if self.most else (value >= self.bound):
-            return None
-        # Six digits, unless they hide the difference.
-        told, bound = (f"{n:g}" if f"{value:g}" != f"{self.bound:g}" else repr(n) for n in (value, self.bound))
-        side, sign = ("over", ">") if self.most else ("under", "<")
-        return f"{side} the limit: {self.column} {told} {sign} {bound}"
-
-    def __str__(self) -> str:
-        return f"{self.column}{'<=' if self.most else '>='}{self.bound:.12g}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -501,7 +463,7 @@ def _row(number: int, lines: Sequence[_Line], about: Metadata, limits: Sequence[
         joules=tuple(line.joules for line in measured if line.joules is not None),
         metrics=metrics,
         seconds=_seconds(metrics, about) if measured else None,
-        fault=_broken(metrics, limits) if measured else lines[0].error,
+        fault=broken(limits, metrics) if measured else lines[0].error,
     )
 
 
@@ -510,10 +472,6 @@ def _seconds(metrics: Mapping[str, float], about: Metadata) -> float:
         return 1 / metrics[about.throughput]
     assert about.seconds_per_unit is not None, "the metadata names one of the two"
     return metrics[about.seconds_per_unit]
-
-
-def _broken(metrics: Mapping[str, float], limits: Sequence[Limit]) -> str | None:
-    return "; ".join(fault for limit in limits if (fault := limit.broken(metrics))) or None
 
 
 # --- replay ----------------------------------------------------------------------------------
@@ -719,7 +677,7 @@ def anonymise(table: Table, seed: int) -> Table:
                 joules=tuple(j * scales[about.objective] for j in row.joules),
                 metrics=metrics,
                 seconds=_seconds(metrics, twin) if row.joules else None,
-                fault=_broken(metrics, limits) if row.joules else "it failed when the table was recorded",
+                fault=broken(limits, metrics) if row.joules else "it failed when the table was recorded",
             )
         )
     return Table(about=twin, rows=tuple(rows), limits=limits, origin=table.origin)

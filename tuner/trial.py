@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 from tuner.space import Config, Lever, SearchSpace, Value
@@ -42,16 +43,31 @@ class Target:
     """A model file, folder or name; None lets the runner make a model of its own."""
     size: str | None = None
     """The size of the runner's own model, where it makes one."""
+    url: str | None = None
+    """Base URL of a server that runs already, `http://localhost:8000/v1`; None where the runner starts its engine."""
+    spec: str | None = None
+    """Path of a file that describes the workload, for runners that read one."""
+    dummy_weights: bool = False
+    """Load random weights in the model's shape, where the engine can: energy needs no trained ones."""
+    engine_args: tuple[str, ...] = ()
+    """Further arguments of the engine, the same for every trial."""
     prompts: int = 8
-    """Requests in one pass."""
+    """Requests in one pass; for an image pipeline, images."""
     prompt_tokens: int = 96
     """Tokens of each prompt."""
     output_tokens: int = 32
     """Tokens generated for each prompt; the end of sequence is ignored."""
+    request_rate: float | None = None
+    """Requests a second, sent whether or not earlier ones are answered (open loop); None: as many at a time as the
+    configuration's concurrency (closed loop)."""
+    pixels: int = 256
+    """Width and height of an image."""
     seed: int = 0
     """Seed of the prompts and of a generated model."""
     allow_lossy: bool = False
     """Whether parameters that can change the output's quality may be tuned."""
+    quality: bool = False
+    """Whether each launch also measures how far its output is from that of the default configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +84,10 @@ class Work:
     """Time in token generation, summed over the requests."""
     request_seconds: tuple[float, ...] = ()
     """Wall time of each request."""
+    ttft_seconds: tuple[float, ...] = ()
+    """Time to the first token of each request, where answers are streamed."""
+    itl_seconds: tuple[float, ...] = ()
+    """Time between two tokens of one request, of all requests: read for the window's metrics, then dropped."""
     failed_requests: int = 0
     """Requests that brought no answer; a window that holds one does not count."""
 
@@ -83,8 +103,67 @@ class Engine(Protocol):
         """Send the whole load once and wait for the last answer."""
 
 
+@runtime_checkable
+class Changeable(Protocol):
+    """An engine whose `request` and `live` parameters can be set while it runs."""
+
+    def change(self, config: Config) -> None:
+        """Go on with `config`, which differs from the running one in such parameters only.
+
+        Raises `RuntimeError` where the engine refuses; it is then launched anew.
+        """
+
+
+@runtime_checkable
+class Judged(Protocol):
+    """An engine that can say how good its output is."""
+
+    def quality(self, reference: Path) -> Mapping[str, float]:
+        """How far the output is from that of the default configuration; `quality_loss` is the figure to limit.
+
+        Text: `nll_nats_per_token` of a fixed text, and as loss by how much it is above the default's. Images:
+        `ssim` to the default's image of the same seed, and as loss 1 - ssim. The first call, on the default, writes
+        what the others are compared with to `reference`, a file that does not exist yet, and has a loss of 0.
+        """
+
+
+@runtime_checkable
+class Explained(Protocol):
+    """An engine that found figures outside the windows, such as `compile_seconds`."""
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """By a name that says the unit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """How an engine is run for good: what `tune apply` writes down in the form that is asked for."""
+
+    argv: tuple[str, ...] = ()
+    """The command, word by word."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    port: int | None = None
+    """Where it listens."""
+    image: str | None = None
+    """The engine's official container image."""
+    image_argv: tuple[str, ...] = ()
+    """The words after the image's entry point."""
+    paths: tuple[str, ...] = ()
+    """Files and folders that must be there, in the container too."""
+    gpus: bool = False
+    python: str | None = None
+    """A script that does the same, for engines that are libraries."""
+    modelfile: str | None = None
+    """Ollama's own form."""
+
+
 class Runner(Protocol):
-    """A file in `runners/`: four functions at module level."""
+    """A file in `runners/`: four functions at module level.
+
+    Three more are asked for where a runner has them: `describe(target)` is a sentence on the model, `metrics(target)`
+    names the figures of its own that limits may be set on, and `service(config, target)` gives a `Service`.
+    """
 
     def space(self, target: Target) -> SearchSpace:
         """What may be tuned on this machine for this target.
@@ -355,6 +434,14 @@ class Trial:
     can be read here. The segment's first trial says what the others cool down to, within 2 degrees."""
     spent: Mapping[str, Energy] = field(default_factory=dict)
     """Energy of the whole trial by domain, loading and warm-up included; empty when it is not known."""
+    load_energy: Mapping[str, Energy] = field(default_factory=dict)
+    """Energy of loading alone, by domain; empty when it is not known, or when the engine ran already."""
+    reused: bool = False
+    """Measured on an engine that ran already: only `request` or `live` parameters were changed."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Figures of this launch taken once, outside the windows: `quality_loss`, `compile_seconds`."""
+    over_limit: bool = False
+    """It was measured, and breaks a limit: `error` says which. It has no energy that could be the best."""
     repeats: tuple[Trial, ...] = ()
     """Further launches of this configuration, also those that failed."""
 
@@ -366,7 +453,12 @@ class Trial:
     @property
     def launch_joules_per_unit(self) -> float | None:
         """Of this launch alone: sum of joules over sum of units of the valid windows; None when it failed."""
-        if self.error is not None or not self.valid:
+        return None if self.error is not None else self.shown_joules_per_unit
+
+    @property
+    def shown_joules_per_unit(self) -> float | None:
+        """The same of a launch that breaks a limit too: to be shown beside its reason, never to be the best."""
+        if (self.error is not None and not self.over_limit) or not self.valid:
             return None
         return sum(m.joules for m in self.valid) / sum(m.work.units for m in self.valid)
 
@@ -406,9 +498,10 @@ class Trial:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Mean of each metric over the windows of all launches that have it."""
-        windows = [m.metrics for t in self.launches for m in t.valid]
-        known = {name: [w[name] for w in windows if name in w] for window in windows for name in window}
+        """Mean of each metric over the windows of all launches that have it, and of each figure over the launches."""
+        launches = self.launches or (self,)
+        found = [m.metrics for t in launches for m in t.valid] + [t.figures for t in launches]
+        known = {name: [f[name] for f in found if name in f] for figures in found for name in figures}
         return {name: statistics.fmean(values) for name, values in known.items()}
 
     @property
