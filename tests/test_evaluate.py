@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -22,8 +23,10 @@ from tuner.evaluate import (
     out_of_memory_kills,
 )
 from tuner.journal import JournalError, Plan
+from tuner.limits import Limit, names
 from tuner.meters import MeterOptions
 from tuner.meters.rapl import ROOT_VARIABLE
+from tuner.space import Refused
 from tuner.telemetry import Sampler
 from tuner.trial import Energy, Idle, Measurement, Meter, Proposal, Target, Work
 from tuner.worker import Found, Result, spending
@@ -58,7 +61,8 @@ def test_a_trial_is_measured_in_a_process_of_its_own(tmp_path):
     assert [m.valid for m in trial.measurements] == [True, True]
     assert trial.valid[0].work.units % 6 == 0
     assert trial.quality == "estimated"
-    assert trial.effective == {"cost": 8, "batch": 1}
+    assert (trial.effective["cost"], trial.effective["batch"]) == (8, 1)
+    assert trial.effective["pid"] != os.getpid()
     assert 0 < trial.load_seconds < trial.seconds
     assert trial.joules_per_unit_bounds[0] < trial.joules_per_unit < trial.joules_per_unit_bounds[1]
 
@@ -300,9 +304,8 @@ def test_the_next_trial_waits_until_the_gpus_memory_is_back(tmp_path, monkeypatc
     levels, waited = iter([1 << 30, 9 << 30, 9 << 30, 1 << 30]), []
     monkeypatch.setattr("tuner.meters.nvml.used_memory_bytes", lambda: next(levels))
     run = launcher(tmp_path, meters=(meter,), report=lambda number, phase: waited.append(phase))
-    monkeypatch.setattr(Launcher, "_run", lambda *_: Result(error="stands for an engine on a GPU"))
-    run(0, proposal())
-    assert waited == ["waiting for GPU memory"] * 2
+    run(0, proposal("segv"))
+    assert [phase for phase in waited if phase == "waiting for GPU memory"] == ["waiting for GPU memory"] * 2
 
 
 # --- around the windows ----------------------------------------------------------------------
@@ -616,3 +619,170 @@ def test_the_meter_that_is_watched_is_still_that_meter():
         assert isinstance(meter, Meter)
         assert (meter.name, meter.domains(), meter.wraps) == ("script", ("cpu0",), {"cpu0": 2})
         meter.close()
+
+
+# --- an engine that is held between trials ---------------------------------------------------
+
+
+@pytest.fixture
+def holding(tmp_path):
+    run = launcher(tmp_path, changeable=frozenset({"batch"}))
+    yield run
+    run.known.close()
+
+
+def pid_of(trial):
+    return trial.effective["pid"]
+
+
+def test_what_needs_no_restart_is_measured_on_the_engine_that_runs(holding):
+    trials = [holding(n, proposal(batch=b)) for n, b in enumerate((1, 2, 4))]
+    assert [t.error for t in trials] == [None] * 3
+    assert len({pid_of(t) for t in trials}) == 1
+    assert [t.reused for t in trials] == [False, True, True]
+    assert [t.effective["batch"] for t in trials] == [1, 2, 4]
+    assert [len(t.valid) for t in trials] == [2, 2, 2]
+    assert trials[2].joules_per_unit < trials[0].joules_per_unit
+
+
+def test_loading_is_timed_and_metered_where_there_was_any(holding):
+    first, second = (holding(n, proposal(batch=n + 1)) for n in range(2))
+    assert first.load_seconds > 0
+    assert first.load_energy["cpu"].joules > 0
+    assert second.load_seconds is None
+    assert second.load_energy == {}
+    assert second.spent["cpu"].joules > sum(m.joules for m in second.valid)
+
+
+def test_another_launch_parameter_starts_another_engine_and_ends_the_one_before(holding):
+    first = holding(0, proposal(cost=8))
+    second = holding(1, proposal(cost=16))
+    assert not second.reused
+    assert not alive(pid_of(first))
+    assert alive(pid_of(second))
+
+
+def test_nothing_is_left_running_once_the_engine_is_given_back(holding):
+    pid = pid_of(holding(0, proposal()))
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    assert alive(pid)
+    holding.known.close()
+    assert not alive(pid)
+    assert len(list(Path("/proc/self/fd").iterdir())) < descriptors
+    holding.known.close()
+
+
+def test_an_engine_that_refuses_a_change_is_a_failed_trial_and_the_next_one_is_launched_anew(holding):
+    first = holding(0, proposal(batch=1))
+    refused = holding(1, proposal(batch=7))
+    assert "seven is refused while running" in refused.error
+    after = holding(2, proposal(batch=2))
+    assert after.error is None
+    assert not after.reused
+    assert pid_of(after) != pid_of(first)
+
+
+def test_an_engine_that_died_while_it_was_held_is_launched_anew(holding):
+    pid = pid_of(holding(0, proposal(batch=1)))
+    psutil.Process(pid).kill()
+    while alive(pid):
+        time.sleep(0.01)
+    after = holding(1, proposal(batch=2))
+    assert after.error is None
+    assert not after.reused
+
+
+def test_an_engine_that_crashes_in_a_later_trial_says_so_in_that_trial(holding):
+    assert holding(0, proposal()).error is None
+    crashed = replace(holding, changeable=frozenset({"batch", "mode"}))(1, proposal("segv"))
+    assert "SIGSEGV" in crashed.error
+    assert crashed.measurements == ()
+
+
+def test_a_held_engine_that_hangs_is_ended_when_its_time_is_over(tmp_path):
+    run = launcher(tmp_path, changeable=frozenset({"mode"}), plan=replace(QUICK, timeout_seconds=3))
+    pid = pid_of(run(0, proposal()))
+    assert "took longer than 3 s" in run(1, proposal("hang")).error
+    assert not alive(pid)
+
+
+def test_a_launcher_that_holds_nothing_never_measures_on_a_held_engine(holding):
+    pid = pid_of(holding(0, proposal(batch=1)))
+    fresh = replace(holding, changeable=frozenset())(1, proposal(batch=1))
+    assert not fresh.reused
+    assert pid_of(fresh) != pid
+    assert not alive(pid)
+    assert not alive(pid_of(fresh))
+
+
+def test_a_held_engine_ends_when_the_tuner_is_killed(tmp_path):
+    script = (
+        "import sys, time; sys.path[:0] = [sys.argv[1]]\n"
+        "from pathlib import Path\n"
+        "from test_evaluate import launcher, proposal\n"
+        "trial = launcher(Path(sys.argv[2]), changeable=frozenset({'batch'}))(0, proposal())\n"
+        "print(trial.effective['pid'], flush=True); time.sleep(60)\n"
+    )
+    here = str(Path(__file__).parent)
+    tuner = subprocess.Popen([sys.executable, "-c", script, here, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    pid = int(tuner.stdout.readline())
+    assert alive(pid)
+    tuner.kill()
+    tuner.wait()
+    tuner.stdout.close()
+    give_up = time.monotonic() + 5
+    while alive(pid) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert not alive(pid)
+
+
+# --- limits and quality ----------------------------------------------------------------------
+
+
+def limits(*texts):
+    return tuple(Limit.parse(text, (*names("token"), "compile_seconds")) for text in texts)
+
+
+def test_a_configuration_that_breaks_a_limit_is_measured_shown_and_has_no_energy_to_be_the_best(tmp_path):
+    trial = launcher(tmp_path, limits=limits("tokens_per_s>=1e9"))(0, proposal())
+    assert trial.over_limit
+    assert trial.error.startswith("under the limit: tokens_per_s ")
+    assert trial.joules_per_unit is None
+    assert trial.shown_joules_per_unit > 0
+    assert trial.launches == ()
+    assert len(trial.valid) == 2
+
+
+def test_a_configuration_within_its_limits_is_a_trial_like_any_other(tmp_path):
+    trial = launcher(tmp_path, limits=limits("tokens_per_s>=1", "compile_seconds<=2"))(0, proposal())
+    assert (trial.error, trial.over_limit) == (None, False)
+
+
+def test_a_limit_on_what_the_engine_does_not_report_is_refused_with_what_it_does(tmp_path):
+    with pytest.raises(Refused, match=r"this engine reports no ttft_p95_s.*it reports tokens_per_s"):
+        launcher(tmp_path, limits=limits("ttft_p95_s<=1"))(0, proposal())
+
+
+def test_an_engine_that_failed_broke_no_limit(tmp_path):
+    trial = launcher(tmp_path, limits=limits("ttft_p95_s<=1"))(0, proposal("raise"))
+    assert not trial.over_limit
+    assert "on fire" in trial.error
+
+
+def test_quality_is_measured_against_what_the_default_put_out(tmp_path):
+    run = launcher(tmp_path, target=Target(prompts=2, output_tokens=3, quality=True))
+    default, worse = run(0, proposal(batch=2)), run(1, proposal(batch=5))
+    assert default.metrics["quality_loss"] == 0
+    assert worse.metrics["quality_loss"] == pytest.approx(0.03)
+    assert worse.figures["compile_seconds"] == 1.5
+
+
+def test_quality_is_not_measured_where_nobody_asked_for_it(tmp_path):
+    assert "quality_loss" not in launcher(tmp_path)(0, proposal()).metrics
+
+
+def test_a_limit_on_quality_makes_a_lossy_configuration_fail(tmp_path):
+    target = Target(prompts=2, output_tokens=3, quality=True)
+    run = launcher(tmp_path, target=target, limits=limits("quality_loss<=0.01"))
+    assert run(0, proposal(batch=2)).error is None
+    assert run(1, proposal(batch=5)).error == "over the limit: quality_loss 0.03 > 0.01"

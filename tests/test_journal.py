@@ -206,7 +206,7 @@ def test_a_torn_middle_line_is_named_by_its_number(folder):
         (None, "no study here"),
         (b"", "header was never finished"),
         (b'{"format":1,"kind":"study","bo', "header was never finished"),
-        (b'{"format":99,"kind":"study","body":{}}\n', "written in format 99, this tune reads up to format 2"),
+        (b'{"format":99,"kind":"study","body":{}}\n', "written in format 99, this tune reads up to format 3"),
         (b"[]\n", "line 1 is no study header"),
         (b'{"format":1,"kind":"study","body":{}}\n', "line 1 is no study header"),
     ],

@@ -18,6 +18,8 @@ from tuner.checks import COUNTER_PERIODS, PERIODS_IN_A_WINDOW, SAMPLED_WINDOW_SE
 from tuner.files import find, load_runner, shipped
 from tuner.journal import NAME as JOURNAL
 from tuner.journal import Header, Plan, Segment, Study
+from tuner.limits import Limit, parse_limits
+from tuner.limits import names as limit_names
 from tuner.meters import MeterChoice, MeterOptions, choose, counts
 from tuner.proposers import CLASSICAL, open_classical
 from tuner.proposers.first import DefaultFirst
@@ -37,6 +39,7 @@ from tuner.trial import (
     Proposer,
     Reply,
     Runner,
+    Target,
     Trial,
     Work,
 )
@@ -62,6 +65,7 @@ class Bench:
     meters: MeterChoice
     machine: Mapping[str, str]
     identity: Mapping[str, str]
+    limits: tuple[Limit, ...] = ()
     notes: tuple[str, ...] = ()
     """What was decided on the way and a person should read."""
 
@@ -201,8 +205,16 @@ def _bench(header: Header, meters: MeterChoice, say: Say, *, search: bool = True
         meters=meters,
         machine={**machine.describe(), **_boards(meters), **_scopes(meters)},
         identity=asked(path, "identity", lambda: runner.identity(header.target)),
+        limits=parse_limits(header.limits, metrics_of(path, runner, header.target)),
         notes=tuple(notes),
     )
+
+
+def metrics_of(path: Path, runner: Runner, target: Target) -> tuple[str, ...]:
+    """The figures that limits may be set on: those that every engine may report, and this runner's own."""
+    own = getattr(runner, "metrics", None)
+    more = tuple(asked(path, "metrics", lambda: own(target))) if own else ()
+    return tuple(dict.fromkeys([*more, *limit_names("token"), *limit_names("image")]))
 
 
 def _with_knobs(space: SearchSpace, meters: MeterChoice, say: Say) -> SearchSpace:
@@ -432,6 +444,11 @@ def rehearsal(space: SearchSpace) -> History:
     return history.add(Decision(action="forbid", before_trial=2, parameter=name, value=space.default()[name]))
 
 
+def limits_told(limits: Sequence[str]) -> dict[str, str]:
+    """What a template sees of the limits; nothing where there are none."""
+    return {"limits": f"{' and '.join(limits)}; a configuration that breaks one counts as failed"} if limits else {}
+
+
 def view_of(header: Header, bench: Bench) -> View:
     """What a template may see of this study."""
     load = header.target
@@ -443,6 +460,7 @@ def view_of(header: Header, bench: Bench) -> View:
             "load": f"{load.prompts} requests sent at once, {load.prompt_tokens} prompt tokens and"
             f" {load.output_tokens} output tokens each",
             "quality": bench.meters.quality,
+            **limits_told(header.limits),
         },
         threshold=Threshold.parse(header.threshold).joules_per_unit if header.threshold else lambda _history: None,
         trials=header.trials,

@@ -90,6 +90,54 @@ Workload = Annotated[
 ]
 Model = Annotated[str | None, typer.Option(help="Model to run. Left out, the runner makes one.", rich_help_panel=LOAD)]
 Size = Annotated[str | None, typer.Option(help="Size of the model that the runner makes.", rich_help_panel=LOAD)]
+Url = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="With `--workload server`: a server that runs already, `http://localhost:8000/v1`.",
+        rich_help_panel=LOAD,
+    ),
+]
+Spec = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="With `--workload command`: the TOML file of your own benchmark.", rich_help_panel=LOAD
+    ),
+]
+DummyWeights = Annotated[
+    bool,
+    typer.Option(
+        "--dummy-weights", help="Random weights in the model's shape, where the engine can.", rich_help_panel=LOAD
+    ),
+]
+EngineArg = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="WORD",
+        help="Further argument of the engine, the same for every trial. Repeatable.",
+        rich_help_panel=LOAD,
+    ),
+]
+RequestRate = Annotated[
+    float | None,
+    typer.Option(
+        min=1e-6,
+        help="Requests a second, whether or not earlier ones are answered (open loop). Left out, as many at a time as"
+        " the setting's concurrency.",
+        rich_help_panel=LOAD,
+    ),
+]
+Pixels = Annotated[int, typer.Option(min=8, max=16384, help="Width and height of an image.", rich_help_panel=LOAD)]
+Limits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--limit",
+        metavar="METRIC<=NUMBER",
+        help="What a setting must keep to, whatever it saves: `ttft_p95_s<=0.5`, `tokens_per_s>=20`,"
+        " `quality_loss<=0.01` (which also allows lossy parameters). Repeatable.",
+        rich_help_panel=SPACE,
+    ),
+]
 Prompts = Annotated[
     int, typer.Option(min=1, max=100_000, help="Requests in one pass of the load.", rich_help_panel=LOAD)
 ]
@@ -256,10 +304,17 @@ def run(
     prompts: Prompts = 8,
     prompt_tokens: PromptTokens = 96,
     output_tokens: OutputTokens = 32,
+    request_rate: RequestRate = None,
+    pixels: Pixels = 256,
+    url: Url = None,
+    spec: Spec = None,
+    dummy_weights: DummyWeights = False,
+    engine_arg: EngineArg = None,
     seed: Seed = 0,
     allow_lossy: AllowLossy = False,
     pin: Pin = None,
     narrow: Narrow = None,
+    limit: Limits = None,
     allow_power_control: AllowPowerControl = False,
     threshold: Annotated[
         str | None,
@@ -393,6 +448,7 @@ def run(
             seed=seed,
             pins=tuple(pin or ()),
             ranges=tuple(narrow or ()),
+            limits=tuple(limit or ()),
             threshold=threshold,
             trials=trials or (None if time_limit else DEFAULT_TRIALS),
             time_seconds=seconds("--time", time_limit) if time_limit else None,
@@ -468,7 +524,21 @@ def _pairs(option: str, pairs: int | None, *, or_none: bool) -> int | None:
 
 
 # Options that several commands have are read from the command's parameters, by the names that they have there.
-_LOAD_OPTIONS = ("model", "size", "prompts", "prompt_tokens", "output_tokens", "seed", "allow_lossy")
+_LOAD_OPTIONS = (
+    "model",
+    "size",
+    "prompts",
+    "prompt_tokens",
+    "output_tokens",
+    "request_rate",
+    "pixels",
+    "url",
+    "spec",
+    "dummy_weights",
+    "engine_arg",
+    "seed",
+    "allow_lossy",
+)
 _WALL_OPTIONS = ("wall_command", "wall_url", "wall_unit", "wall_field")
 _PLAN_OPTIONS = ("windows", "window", "timeout", "warm_up", "cool_down", "most_others")
 
@@ -484,12 +554,19 @@ def _meter_options(params: Mapping[str, Any]) -> MeterOptions:
 
 
 def _target(params: Mapping[str, Any]) -> Target:
+    from tuner.limits import QUALITY_LOSS
     from tuner.trial import Target
 
     load = {name: params[name] for name in _LOAD_OPTIONS if name in params}
-    # A model file is named from where the person stands now; a resume may stand elsewhere.
+    # Files are named from where the person stands now; a resume may stand elsewhere.
     local = Path(load["model"]).expanduser() if load["model"] else None
-    return Target(**{**load, "model": str(local.absolute()) if local and local.exists() else load["model"]})
+    load["model"] = str(local.absolute()) if local and local.exists() else load["model"]
+    load["spec"] = str(Path(load["spec"]).expanduser().absolute()) if load["spec"] else None
+    load["engine_args"] = tuple(load.pop("engine_arg") or ())
+    # A limit on quality is what makes lossy parameters safe to offer, and consent to them is a reason to look.
+    on_quality = any(text.strip().startswith(QUALITY_LOSS) for text in params.get("limit") or ())
+    lossy = load["allow_lossy"] or on_quality
+    return Target(**{**load, "allow_lossy": lossy, "quality": lossy})
 
 
 def _plan(params: Mapping[str, Any], *, windows: int | None = None, repeats: str = "1", fast: bool = False) -> Plan:
@@ -744,6 +821,12 @@ def calibrate(
     prompts: Prompts = 8,
     prompt_tokens: PromptTokens = 96,
     output_tokens: OutputTokens = 32,
+    request_rate: RequestRate = None,
+    pixels: Pixels = 256,
+    url: Url = None,
+    spec: Spec = None,
+    dummy_weights: DummyWeights = False,
+    engine_arg: EngineArg = None,
     seed: Seed = 0,
     allow_lossy: AllowLossy = False,
     pin: Pin = None,
@@ -1077,7 +1160,14 @@ def compare(
     prompts: Prompts = 8,
     prompt_tokens: PromptTokens = 96,
     output_tokens: OutputTokens = 32,
+    request_rate: RequestRate = None,
+    pixels: Pixels = 256,
+    url: Url = None,
+    spec: Spec = None,
+    dummy_weights: DummyWeights = False,
+    engine_arg: EngineArg = None,
     allow_lossy: AllowLossy = False,
+    limit: Limits = None,
     pin: Pin = None,
     narrow: Narrow = None,
     meter: MeterSpec = "auto",
@@ -1197,6 +1287,7 @@ def compare(
                         base_url=base_url,
                         pins=tuple(pin or ()),
                         ranges=tuple(narrow or ()),
+                        limits=tuple(limit or ()),
                         plan=_plan(context.params, fast=True),
                         require_measured=require_measured,
                         tune_version=__version__,
@@ -1232,6 +1323,7 @@ _LIVE_ONLY = frozenset(
         *_PLAN_OPTIONS,
         "pin",
         "narrow",
+        "limit",
         "meter",
         "require_measured",
         "cpu_watts",
@@ -1444,6 +1536,12 @@ def record(
     prompts: Prompts = 8,
     prompt_tokens: PromptTokens = 96,
     output_tokens: OutputTokens = 32,
+    request_rate: RequestRate = None,
+    pixels: Pixels = 256,
+    url: Url = None,
+    spec: Spec = None,
+    dummy_weights: DummyWeights = False,
+    engine_arg: EngineArg = None,
     seed: Seed = 0,
     allow_lossy: AllowLossy = False,
     pin: Pin = None,

@@ -38,7 +38,7 @@ from typing import Self
 import msgspec
 
 from tuner import __version__, machine
-from tuner.assemble import rehearsal
+from tuner.assemble import limits_told, rehearsal
 from tuner.calls import Call, Calls, StoredChat
 from tuner.files import find, names
 from tuner.journal import Header, JournalError
@@ -469,7 +469,7 @@ def view_of(of: Problem, budget: int, threshold: str | None) -> View:
         "engine": told.get("engine", "an inference engine"),
         "model": told.get("model", ""),
         "load": told.get("task", ""),
-        "limits": f"{' and '.join(of.limits)}; a configuration that breaks one counts as failed" if of.limits else "",
+        **limits_told(of.limits),
     }
     return View(
         machine={"hardware": told["hardware"]} if "hardware" in told else {},

@@ -32,6 +32,7 @@ from rich.text import Text
 from tuner.chats.paste import END, osc52, pasted
 from tuner.checks import doubts as doubts_of
 from tuner.journal import End, Pair, Study
+from tuner.limits import columns_of
 from tuner.repeats import drifts
 from tuner.space import Config, Refused, SearchSpace, Value, show
 from tuner.summary import (
@@ -42,11 +43,16 @@ from tuner.summary import (
     clean,
     differences,
     energy_text,
+    failed_cell,
+    failure_text,
+    failures_text,
+    figures_text,
     grouped,
     idle_text,
     indistinguishable,
     interval_text,
     joules_text,
+    loading_text,
     noise,
     noise_text,
     percent_text,
@@ -257,13 +263,15 @@ class Screen:
         if event and not self._live_wanted:
             self.say(f"trial {trial_number}: {phase}")
 
-    def trial_ended(self, trial: Trial, history: History, doubts: Sequence[str]) -> None:
-        """One line for the trial; its failure or its doubts below."""
+    def trial_ended(self, trial: Trial, history: History, doubts: Sequence[str], columns: Sequence[str] = ()) -> None:
+        """One line for the trial; its failure or its doubts below, and the metrics named in `columns`."""
         if self._running is not None:
             self._running.history = history
             self._running.number, self._running.phase = len(history), "choosing"
             self._running.phase_started = self._clock()
         self._trial_line(trial, history)
+        if said := figures_text(trial, columns):
+            self._below(trial, said)
         for doubt in doubts:
             self._below(trial, f"! {doubt}")
         if self._live is not None:
@@ -415,7 +423,10 @@ class Screen:
         number, source = self._text(str(trial.number)), self._text(source_text(trial))
         changes = self._changes(_changes(trial, history))
         if trial.joules_per_unit is None:
-            self._stderr.print(self._row([number, source, changes, Text("failed", "bold red"), Text()]))
+            shown = Text("failed", "bold red")
+            if trial.over_limit:
+                shown = self._text(f"({joules_text(trial.shown_joules_per_unit)})", "red")
+            self._stderr.print(self._row([number, source, changes, shown, Text()]))
             self._below(trial, trial.error or "no window counted")
             for line in trial.log[-LOG_LINES_SHOWN:]:
                 self._below(trial, f"| {line}")
@@ -722,8 +733,9 @@ class Screen:
             )
             rows.append(("changes", differences(space, best.config, space.default()) or "none"))
             rows += [("pruned" if i == 0 else " ", sentence) for i, sentence in enumerate(pruned)]
-        failed = f", {len(history.failed)} of them failed" if history.failed else ""
-        rows.append(("trials", f"{len(history.current)}{failed}{_launches(history)}"))
+        rows.append(("trials", f"{len(history.current)}{failures_text(history)}{_launches(history)}"))
+        if said := loading_text(history):
+            rows.append(("loading", said))
         for stretch in drifts(history):
             rows.append(("drift", stretch.sentence.partition(": ")[2]))
         if lost := _lost_windows(history, pairs):
@@ -761,6 +773,7 @@ class Screen:
                 ("meter", (study.segments[-1] if study.segments else header).meter_sentence.removeprefix("meter: ")),
                 ("machine", ", ".join(f"{k} {v}" for k, v in study.machine.items())),
                 ("engine", ", ".join(f"{k} {v}" for k, v in study.identity.items())),
+                *([("limits", ", ".join(header.limits))] if header.limits else []),
             ]
         )
         for segment in sorted({t.segment for t in history.trials}):
@@ -768,7 +781,7 @@ class Screen:
             self._stdout.print()
             if study.segments:
                 self._stdout.print(Text(f"segment {segment}: not compared with the others", "bold"))
-            self._stdout.print(self.trials_table(part, study.space))
+            self._stdout.print(self.trials_table(part, study.space, header.limits))
             if indistinguishable(part):
                 self._stdout.print(Text("~ cannot be told from the best", "dim"))
             if part.measured:
@@ -804,7 +817,9 @@ class Screen:
             self._stdout.print()
             self._stdout.print(self._text(verdict, "bold"), soft_wrap=not self._stdout.is_terminal)
 
-    def trials_table(self, history: History, space_record: Sequence[Mapping[str, object]]) -> Table:
+    def trials_table(
+        self, history: History, space_record: Sequence[Mapping[str, object]], limits: Sequence[str] = ()
+    ) -> Table:
         """Every trial in the order it ran. `space_record` is the space as the journal keeps it."""
         default: Config = {str(p["name"]): value for p in space_record if isinstance(value := p.get("default"), Value)}
         label = next((quality_text(t) for t in history.measured), "")
@@ -822,9 +837,11 @@ class Screen:
         table.add_column("doubts", width=6, justify="right")
         for trial in history.trials:
             measured = trial.joules_per_unit is not None
-            energy = self._energy(trial, history) if measured else self._text("failed", "red")
+            energy = self._energy(trial, history) if measured else self._text(failed_cell(trial), "red")
             if measured and quality_text(trial) != label:
                 energy.append(f" {quality_text(trial) or 'measured'}")
+            if said := figures_text(trial, columns_of(limits)):
+                energy.append("\n").append_text(self._text(said.replace(", ", "\n"), "dim"))
             count = len(doubts_of(trial, history))
             table.add_row(
                 str(trial.number),
@@ -1108,7 +1125,7 @@ def _sentence(trial: Trial, history: History) -> str:
     """A trial as one plain line."""
     what = _changes(trial, history) or "the default"
     if trial.joules_per_unit is None:
-        return f"trial {trial.number} ({source_text(trial)}): {what}: failed: {trial.error or 'no window counted'}"
+        return f"trial {trial.number} ({source_text(trial)}): {what}: {failure_text(trial)}"
     known, default = noise(history), history.default
     ratio = against(trial, default, known) if default and trial is not default else None
     beside = ""

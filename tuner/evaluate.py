@@ -4,6 +4,9 @@ The worker and all that it starts form one process group. That group, and nothin
 the trial is over, when it takes too long and when this program stops; nothing is ever looked for by
 name. A worker that crashes, hangs or is killed for lack of memory is a failed trial with a cause and
 the last lines of its log.
+
+A worker whose engine runs well may be held after its trial: where the next configuration differs in `request`
+and `live` parameters only, it is measured on the running engine (docs/design/reuse.md).
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,8 +27,9 @@ import msgspec
 
 from tuner.control import ControlError, PowerControl, split
 from tuner.journal import JournalError, Plan
+from tuner.limits import Limit, broken
 from tuner.measure import settling_seconds
-from tuner.space import Config
+from tuner.space import Config, Refused, closest
 from tuner.summary import grouped
 from tuner.telemetry import WATCHES_GPUS, Sampler
 from tuner.trial import Proposal, Target, Trial
@@ -46,6 +50,9 @@ COOL_CELSIUS = 2.0
 
 COOL_PERIOD_SECONDS = 1.0
 
+REFERENCE = "quality-reference"
+"""The file in a study's folder that holds what the default configuration puts out."""
+
 NO_VALID_WINDOW = "no valid window"
 """How the error of a launch begins whose engine ran while nothing could be measured."""
 
@@ -53,6 +60,26 @@ LOG_LINES = 16
 LOG_LINE_LENGTH = 300
 
 Evaluate = Callable[[int, Proposal], Trial]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A worker that waits for another job, with its engine loaded."""
+
+    worker: subprocess.Popen[bytes]
+    launcher: Launcher
+    """The one that started it."""
+    config: Config
+    """What the engine was launched with, or changed to since."""
+    phases: int
+    jobs: int
+    """The end of a pipe that the path of the next job goes into."""
+    scratch: tempfile.TemporaryDirectory[str]
+    log: Path
+    used_memory: int | None
+    """GPU memory before it was started."""
+    number: int
+    """Of the last trial that it was asked for."""
 
 
 @dataclass
@@ -63,6 +90,13 @@ class Known:
     """Temperatures at the start of the segment's first trial, by gauge: where to cool down to; None until then."""
     idle_watts: float | None = None
     """What the machine drew without an engine; None when it was not measured."""
+    held: Held | None = None
+
+    def close(self) -> None:
+        """End the engine that is held, if there is one."""
+        held, self.held = self.held, None
+        if held is not None:
+            held.launcher.end(held)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,30 +120,34 @@ class Launcher:
     control: PowerControl | None = None
     """Sets GPU power and clock before each launch; the engine never sees those parameters."""
 
+    limits: tuple[Limit, ...] = ()
+    """What a configuration must keep to."""
+    changeable: frozenset[str] = frozenset()
+    """Parameters that need no restart. With any of them the engine is held after a trial, in `known`, until another
+    launch or `Known.close` ends it."""
+
     def __call__(self, number: int, proposal: Proposal) -> Trial:
         started_unix, started = time.time(), time.monotonic()
         log = trial_folder(self.folder, number) / self.log_name
+        engine, settings = split(proposal.config)
+        if not self._fits(self.known.held, engine):
+            self.known.close()
         start_celsius = self._cool_down(number)
-        used_memory = self._gpu_memory()
-        with tempfile.TemporaryDirectory(prefix="tune-") as scratch:
-            engine, settings = split(proposal.config)
-            try:
-                if self.control is not None:
-                    self.control.apply(settings)
-                outcome = self._run(number, engine, log, Path(scratch))
-            except ControlError as error:
-                outcome = Result(error=str(error))
-        self._wait_for_gpu_memory(number, used_memory)
+        try:
+            if self.control is not None:
+                self.control.apply(settings)
+            outcome = self._run(number, engine, log)
+        except ControlError as error:
+            outcome = Result(error=str(error))
         if outcome.idle:
             self.known.idle_watts = outcome.idle.machine_watts
-        failed = outcome.error is not None
-        return Trial(
+        trial = Trial(
             number=number,
             config=proposal.config,
             proposal=proposal,
             measurements=outcome.measurements,
             error=outcome.error,
-            log=tuple(last_lines(log)) if failed else (),
+            log=tuple(last_lines(log)) if outcome.error is not None else (),
             effective=outcome.effective,
             seconds=time.monotonic() - started,
             load_seconds=outcome.load_seconds,
@@ -119,7 +157,18 @@ class Launcher:
             idle=outcome.idle,
             start_celsius=start_celsius,
             spent=outcome.spent,
+            load_energy=outcome.load_energy,
+            reused=outcome.reused,
+            figures=outcome.figures,
         )
+        return within_limits(trial, self.limits)
+
+    def _fits(self, held: Held | None, engine: Config) -> bool:
+        """Whether the engine that is held can be changed into `engine`; only the launcher of its kind may."""
+        if held is None or not self.changeable:
+            return False
+        same = all(engine.get(name) == value for name, value in held.config.items() if name not in self.changeable)
+        return same and not has_exited(held.worker) and held.launcher.plan == self.plan
 
     def _cool_down(self, number: int) -> dict[str, float]:
         """Wait until no device is warmer than before the first trial, so that each begins like the others.
@@ -155,29 +204,89 @@ class Launcher:
             self.report(number, "waiting for GPU memory")
             time.sleep(TICK_SECONDS)
 
-    def _run(self, number: int, config: Config, log: Path, scratch: Path) -> Result:
-        job = scratch / "job.json"
-        result = scratch / "result.json"
-        idle_seconds = self.idle_seconds_for(number)
-        phases, phases_end = os.pipe()
+    def _run(self, number: int, config: Config, log: Path) -> Result:
+        held = self.known.held
+        killed_before = out_of_memory_kills()
+        if held is None:
+            held = self._start(number, config, log)
+        else:
+            self._hand_on(held, number, config, log)
+            held = replace(held, config=config, number=number)
+        self.known.held = held
+        # What is not held is ended; also where Ctrl-C comes in between.
+        keep = False
         try:
-            job.write_bytes(
-                msgspec.json.encode(
-                    Job(
-                        runner=str(self.runner),
-                        config=config,
-                        target=self.target,
-                        meters=self.meters,
-                        meter_options=self.meter_options,
-                        plan=self.plan,
-                        result=str(result),
-                        phases=phases_end,
-                        idle_seconds=idle_seconds,
-                        idle_watts=self.known.idle_watts,
-                    )
+            idle_seconds = self.idle_seconds_for(number)
+            phase, in_time = self._watch(held, number, self._allowance(idle_seconds))
+            result = self._result(held, number)
+            keep = bool(self.changeable) and result is not None and result.error is None and in_time
+            keep = keep and not has_exited(held.worker)
+        finally:
+            if not keep:
+                self.known.held = None
+                status = self.end(held)
+        if not in_time:
+            return Result(
+                error=f"took longer than {self.plan.timeout_seconds:g} s (phase: {phase}) and was ended;"
+                " raise --timeout if that is its normal speed"
+            )
+        if result is not None:
+            return judged(result)
+        lack_of_memory = out_of_memory_kills() > killed_before
+        return Result(error=cause_of_death(status, phase, lack_of_memory=lack_of_memory))
+
+    def _result(self, held: Held, number: int) -> Result | None:
+        """What the worker left for this trial; None when it left nothing."""
+        path = self._result_path(held, number)
+        if not path.is_file():
+            return None
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=Result)
+        except msgspec.MsgspecError as error:
+            return Result(error=f"the runner reported what cannot be recorded: {error}")
+
+    def _result_path(self, held: Held, number: int) -> Path:
+        return Path(held.scratch.name) / f"result-{number}.json"
+
+    def _job(self, scratch: Path, number: int, config: Config, phases: int, following: int | None) -> Path:
+        """The file that tells a worker what to do."""
+        path = scratch / f"job-{number}.json"
+        path.write_bytes(
+            msgspec.json.encode(
+                Job(
+                    runner=str(self.runner),
+                    config=config,
+                    target=self.target,
+                    meters=self.meters,
+                    meter_options=self.meter_options,
+                    plan=self.plan,
+                    result=str(scratch / f"result-{number}.json"),
+                    phases=phases,
+                    idle_seconds=self.idle_seconds_for(number),
+                    idle_watts=self.known.idle_watts,
+                    following=following,
+                    reference=str((self.folder / REFERENCE).absolute()) if self.target.quality else None,
                 )
             )
-            killed_before = out_of_memory_kills()
+        )
+        return path
+
+    def _start(self, number: int, config: Config, log: Path) -> Held:
+        """A worker on its first job."""
+        used_memory = self._gpu_memory()
+        scratch = tempfile.TemporaryDirectory(prefix="tune-")
+        ours: list[int] = []
+        theirs: list[int] = []
+        try:
+            for _ in range(2):
+                end, other = os.pipe()
+                ours.append(end)
+                theirs.append(other)
+            (phases, next_job), (phases_end, jobs) = ours, theirs
+            # Of the second pipe the worker reads and this process writes.
+            ours[1], theirs[1] = jobs, next_job
+            following = next_job if self.changeable else None
+            job = self._job(Path(scratch.name), number, config, phases_end, following)
             with log.open("wb") as output:
                 # -P: a folder named `tuner` where the person stands must not become the worker.
                 worker = subprocess.Popen(
@@ -185,31 +294,48 @@ class Launcher:
                     stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    pass_fds=(phases_end,),
+                    pass_fds=tuple(theirs),
                     start_new_session=True,
                 )
         except BaseException:
-            os.close(phases)
+            for descriptor in ours:
+                os.close(descriptor)
+            scratch.cleanup()
             raise
         finally:
-            os.close(phases_end)
+            for descriptor in theirs:
+                os.close(descriptor)
+        return Held(
+            worker=worker,
+            launcher=self,
+            config=config,
+            phases=phases,
+            jobs=jobs,
+            scratch=scratch,
+            log=log,
+            used_memory=used_memory,
+            number=number,
+        )
+
+    def _hand_on(self, held: Held, number: int, config: Config, log: Path) -> None:
+        """Give a held worker its next job. Its log stays where it began; the trial's own says where."""
+        (self._result_path(held, number)).unlink(missing_ok=True)
+        # The worker keeps to the pipes that it has.
+        job = self._job(Path(held.scratch.name), number, config, -1, None)
+        log.write_text(f"measured on the engine that was started for {held.log}\n", encoding="utf-8")
+        # The worker may have died meanwhile: then its exit status says why.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(held.jobs, f"{job}\n".encode())
+
+    def end(self, held: Held) -> int:
+        """End a worker and its engine, and wait until its GPU memory is back. Returns the worker's exit status."""
         try:
-            phase, in_time = self._watch(worker, number, phases, self._allowance(idle_seconds))
+            os.close(held.jobs)
+            return end_group(held.worker)
         finally:
-            os.close(phases)
-            status = end_group(worker)
-        if not in_time:
-            return Result(
-                error=f"took longer than {self.plan.timeout_seconds:g} s (phase: {phase}) and was ended;"
-                " raise --timeout if that is its normal speed"
-            )
-        if result.is_file():
-            try:
-                return judged(msgspec.json.decode(result.read_bytes(), type=Result))
-            except msgspec.MsgspecError as error:
-                return Result(error=f"the runner reported what cannot be recorded: {error}")
-        lack_of_memory = out_of_memory_kills() > killed_before
-        return Result(error=cause_of_death(status, phase, lack_of_memory=lack_of_memory))
+            os.close(held.phases)
+            held.scratch.cleanup()
+            self._wait_for_gpu_memory(held.number, held.used_memory)
 
     def _allowance(self, idle_seconds: float) -> float:
         """What measuring idle power takes: two windows, the wait before the second, and the warm-up after it."""
@@ -218,18 +344,19 @@ class Launcher:
         _, most = self.plan.warm_up_seconds or (0.0, 0.0)
         return 2 * idle_seconds + settling_seconds(idle_seconds) + most
 
-    def _watch(
-        self, worker: subprocess.Popen[bytes], number: int, phases: int, idle_seconds: float
-    ) -> tuple[str, bool]:
-        """Follow the worker until it exits. Returns its last phase and whether it was in time.
+    def _watch(self, held: Held, number: int, idle_seconds: float) -> tuple[str, bool]:
+        """Follow the worker until its trial is over. Returns its last phase and whether it was in time.
 
         The time in which the engine is told to wait is not held against it.
         """
         deadline = time.monotonic() + self.plan.timeout_seconds + idle_seconds
         phase = "starting"
+        done = self._result_path(held, number)
         with selectors.DefaultSelector() as selector:
-            selector.register(phases, selectors.EVENT_READ)
-            while not has_exited(worker):
+            selector.register(held.phases, selectors.EVENT_READ)
+            while not has_exited(held.worker):
+                if self.changeable and done.is_file():
+                    return phase, True
                 if time.monotonic() > deadline:
                     return phase, False
                 self.report(number, phase)
@@ -237,13 +364,31 @@ class Launcher:
                     time.sleep(TICK_SECONDS)
                     continue
                 for _ in selector.select(TICK_SECONDS):
-                    told = os.read(phases, 4096).decode(errors="replace").splitlines()
+                    told = os.read(held.phases, 4096).decode(errors="replace").splitlines()
                     if told:
                         phase = told[-1]
                     else:
                         # End of file: the worker is on its way out, wait for its exit without spinning.
-                        selector.unregister(phases)
+                        selector.unregister(held.phases)
         return phase, True
+
+
+def within_limits(trial: Trial, limits: Sequence[Limit]) -> Trial:
+    """The trial, as failed where it breaks a limit; its windows stay as they were measured.
+
+    Raises:
+        Refused: a limit is set on a figure that this engine does not report, so that nothing could ever keep to it.
+    """
+    if trial.error is not None or not limits:
+        return trial
+    metrics = trial.metrics
+    if unknown := next((limit for limit in limits if limit.column not in metrics), None):
+        raise Refused(
+            f"--limit {unknown}: this engine reports no {unknown.column}{closest(unknown.column, list(metrics))}"
+            f" (it reports {', '.join(metrics) or 'nothing'}); start again with a limit on one of these"
+        )
+    fault = broken(limits, metrics)
+    return trial if fault is None else replace(trial, error=fault, over_limit=True)
 
 
 def trial_folder(folder: Path, number: int) -> Path:

@@ -54,6 +54,7 @@ def rows(study: Study) -> Iterator[dict[str, Cell]]:
     domains = _union(m.energy for m in windows)
     counters = _union(m.readings for m in windows)
     spans = _union(m.telemetry.spans for m in windows if m.telemetry)
+    metrics = _union([*(m.metrics for m in windows), *(run.trial.figures for run in runs)])
     facts = {segment: _facts(study, segment) for segment in segments}
     idle = {segment: _idle(study, segment) for segment in segments}
     fact_names = _union(facts[run.trial.segment] for run in runs)
@@ -89,10 +90,16 @@ def rows(study: Study) -> Iterator[dict[str, Cell]]:
                 **_of_search(known.get((trial.segment, trial.number)) if run.stage in ("search", "repeat") else None),
                 "drifted": _drifted(run, stretches.get(trial.segment, ())),
                 **_of_counters(window, counters),
+                **{name: _metric(window, trial, name) for name in metrics},
                 **_of_telemetry(window, spans),
                 **_of_idle(idle[trial.segment]),
                 **_of_launch(trial),
                 **_of_proposal(trial),
+                "over_limit": trial.over_limit,
+                "reused": trial.reused,
+                "load_joules": _number(sum(e.joules for e in trial.load_energy.values()))
+                if trial.load_energy
+                else None,
                 "error": _text(trial.error),
                 **{name: facts[trial.segment].get(name) for name in fact_names},
             }
@@ -209,6 +216,11 @@ _OF_WINDOW: Mapping[str, Callable[[Measurement], Cell]] = {
     "window_started_unix": lambda m: _number(m.started_unix),
     "aligned": lambda m: m.aligned,
 }
+
+
+def _metric(window: Measurement | None, trial: Trial, name: str) -> float | None:
+    """A figure of the window, or one of its whole launch."""
+    return _number((window.metrics if window else {}).get(name, trial.figures.get(name)))
 
 
 def _joules(window: Measurement | None, domain: str) -> float | None:

@@ -30,7 +30,8 @@ StopKind = Literal["goal", "budget", "failures", "person", "exhausted", "chat"]
 
 # Version 1: header, changes, proposal, trial, decision, lost, segment, pair, end.
 # Version 2: adds repeat, prune; a trial may hold its warm-up, idle power and whole energy. Reads version 1.
-FORMAT = 2
+# Version 3: adds limits; a trial may break one, hold metrics and figures, or share its engine. Reads versions 1 and 2.
+FORMAT = 3
 
 NAME = "journal.jsonl"
 
@@ -81,6 +82,8 @@ class Header:
     seed: int = 0
     pins: tuple[str, ...] = ()
     ranges: tuple[str, ...] = ()
+    limits: tuple[str, ...] = ()
+    """As typed: `ttft_p95_s<=0.5`. What breaks one is measured, and can never be the best."""
     threshold: str | None = None
     """As typed: `0.8x` of the default, or `0.45J` per unit."""
     trials: int | None = None

@@ -70,6 +70,20 @@ class Limit:
         return f"{self.column}{'<=' if self.most else '>='}{self.bound:.12g}"
 
 
+def parse_limits(texts: Iterable[str], columns: Iterable[str]) -> tuple[Limit, ...]:
+    """What a person typed behind `--limit`. Raises `Refused` with the first one that is none."""
+    known = tuple(columns)
+    try:
+        return tuple(Limit.parse(text, known) for text in texts)
+    except Refused as fault:
+        raise Refused(f"--{fault}") from None
+
+
+def columns_of(texts: Iterable[str]) -> tuple[str, ...]:
+    """The metrics that these limits, which were read before, are set on."""
+    return tuple(dict.fromkeys(re.split("[<>]=", text)[0].strip() for text in texts))
+
+
 def broken(limits: Iterable[Limit], metrics: Mapping[str, float]) -> str | None:
     """Which limits these metrics break and by how much, or None when all hold."""
     return "; ".join(fault for limit in limits if (fault := limit.broken(metrics))) or None

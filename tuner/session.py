@@ -30,7 +30,7 @@ from tuner.evaluate import Known, Launcher, trial_folder
 from tuner.journal import End, Header, Journal, StopKind
 from tuner.proposers.review import Review
 from tuner.repeats import Due, drifts, due
-from tuner.space import Config
+from tuner.space import Config, SearchSpace
 from tuner.study import Again, Threshold, at_most, run_study, stopped_by_person, three_failures, within
 from tuner.summary import changes_text, seconds_of_next, seconds_text, typical_trial_seconds, usage
 from tuner.trial import Chat, ChatError, Decision, Goal, History, Proposal, Proposer, Repeat, Trial
@@ -84,6 +84,8 @@ class Session:
             if not isinstance(leaving, Exception):
                 self._interrupted()
             raise
+        finally:
+            self.known.close()
         self._conclude(end)
         return end, found
 
@@ -130,6 +132,7 @@ class Session:
             ("meter", bench.meters.sentence.removeprefix("meter: ")),
             ("proposer", proposer if header.llm else f"{proposer} (no LLM)"),
             ("goal", self._goal_text()),
+            *([("limits", ", ".join(map(str, bench.limits)))] if bench.limits else []),
             ("study", str(self.journal.folder)),
         ]
         self.screen.header(rows)
@@ -198,6 +201,8 @@ class Session:
             idle_seconds_for=self._idle_seconds,
             known=self.known,
             control=self.control,
+            limits=self.bench.limits,
+            changeable=changeable(self.bench.space),
         )
 
     def _idle_seconds(self, _number: int) -> float:
@@ -212,7 +217,8 @@ class Session:
 
     def _launch_again(self, owed: Due) -> Trial:
         trial = owed.trial
-        launcher = replace(self._launcher(), log_name=f"repeat-{len(trial.repeats) + 1}.log")
+        # A repeat is to show what another launch does.
+        launcher = replace(self._launcher(), log_name=f"repeat-{len(trial.repeats) + 1}.log", changeable=frozenset())
         why = "would be the best" if owed.purpose == "contender" else "has the machine drifted?"
         proposal = Proposal(
             config=trial.config, source=trial.proposal.source, reason=f"trial {trial.number} again: {why}"
@@ -231,7 +237,7 @@ class Session:
         keep_transcript(self.journal.folder, number, prompt, reply)
 
     def _ended(self, trial: Trial, history: History) -> None:
-        self.screen.trial_ended(trial, history, doubts(trial, history))
+        self.screen.trial_ended(trial, history, doubts(trial, history), [limit.column for limit in self.bench.limits])
         if trial is history.default and self.header.trials:
             left, plan = self.header.trials - len(history.current), self.header.plan
             once = seconds_of_next(trial)
@@ -269,7 +275,10 @@ class Session:
         ):
             return None
         launcher = replace(
-            self._launcher(), plan=thorough(self.header.plan, self.bench.meters), idle_seconds_for=lambda _number: 0.0
+            self._launcher(),
+            plan=thorough(self.header.plan, self.bench.meters),
+            idle_seconds_for=lambda _number: 0.0,
+            changeable=frozenset(),
         )
         found = confirm(
             self.journal,
@@ -305,8 +314,19 @@ class Session:
     def _verdict(self, end: End | None) -> str:
         study, planned = self.journal.study, self.header.confirm_pairs
         default, best = study.history.default, study.history.best
+        if best is None and any(t.over_limit for t in study.history.current):
+            return "No saving shown: no setting that was tried keeps to the limits."
         if best is None:
             return "No saving shown: nothing could be measured."
+        if (
+            default is None
+            and (over := next((t for t in study.history.current if t.over_limit), None))
+            and (over.proposal.source == "default")
+        ):
+            return (
+                f"No saving shown: the default breaks a limit ({over.error}), so there is nothing to compare with."
+                f" Trial {best.number} uses the least energy of those that keep to it."
+            )
         if default is None:
             return "No saving shown: the default was not measured, so there is nothing to compare with."
         if best.config == default.config:
@@ -343,6 +363,13 @@ class Session:
         typed = commands(changed, self.control.uuids if self.control else ())
         launch = asked(self.bench.runner_path, "command", lambda: self.bench.runner.command(engine, self.header.target))
         return "\n".join([*typed, launch])
+
+
+def changeable(space: SearchSpace) -> frozenset[str]:
+    """The parameters that change on a running engine; none where all that are free need a restart."""
+    engine, _ = split(space.default())
+    names = frozenset(p.name for p in space.parameters if p.scope in ("request", "live") and p.name in engine)
+    return names if any(p.name in names for p in space.free) else frozenset()
 
 
 def keep_transcript(folder: Path, number: int, prompt: str, reply: str | None) -> None:

@@ -94,7 +94,8 @@ def three_failures(history: History) -> str | None:
     """
     resumed_at = max((d.before_trial for d in history.decisions if d.action == "resume"), default=0)
     last = [t for t in history.current if t.number >= resumed_at][-FAILURES_IN_A_ROW:]
-    if len(last) == FAILURES_IN_A_ROW and all(t.joules_per_unit is None for t in last):
+    # What breaks a limit ran, and says where the limit is.
+    if len(last) == FAILURES_IN_A_ROW and all(t.joules_per_unit is None and not t.over_limit for t in last):
         return f"three trials failed in a row; the last one: {last[-1].error}"
     return None
 

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tuner.intervals import CONFIDENCE, student_t, t_interval
+from tuner.limits import QUALITY_LOSS
 from tuner.space import SearchSpace, Value, show
 from tuner.trial import Exchange, History, Idle, Noise, Trial, Unit
 
@@ -525,6 +526,56 @@ def energy_text(trial: Trial, known: Noise) -> str:
         )
         if part
     )
+
+
+def failed_cell(trial: Trial) -> str:
+    """A trial without energy, in a table: `failed`, or in brackets what a configuration over a limit used."""
+    return f"({joules_text(trial.shown_joules_per_unit)}) over a limit" if trial.over_limit else "failed"
+
+
+def restart_seconds(history: History) -> float | None:
+    """What a launch of the engine takes until it is loaded, the median; None where nothing was launched."""
+    known = [t.load_seconds for t in history.current if t.load_seconds is not None]
+    return statistics.median(known) if known else None
+
+
+def loading_text(history: History) -> str:
+    """`6 launches, 50 s and 3.2 kJ each to load, not in the figures above; 4 trials on an engine that ran already`."""
+    launches = [launch for t in history.current for launch in (t, *t.repeats)]
+    loads = [t for t in launches if t.load_seconds is not None]
+    if not loads:
+        return ""
+    joules = [sum(e.joules for e in t.load_energy.values()) for t in loads if t.load_energy]
+    cost = seconds_text(statistics.median(t.load_seconds or 0.0 for t in loads))
+    if joules:
+        label = " ".join(filter(None, (joules_text(statistics.median(joules)), quality_text(loads[0]))))
+        cost += f" and {label}"
+    reused = sum(t.reused for t in launches)
+    more = f"; {reused} {'trial' if reused == 1 else 'trials'} on an engine that ran already" if reused else ""
+    return f"{len(loads)} launches, {cost} each to load, outside what is measured{more}"
+
+
+def failures_text(history: History) -> str:
+    """`, 2 of them failed, 1 over a limit`; nothing where every trial was measured and within its limits."""
+    over = sum(t.over_limit for t in history.failed)
+    failed = len(history.failed) - over
+    said = [f"{failed} of them failed"] if failed else []
+    said += [f"{over} of them broke a limit" if not said else f"{over} broke a limit"] if over else []
+    return "".join(f", {part}" for part in said)
+
+
+def figures_text(trial: Trial, columns: Iterable[str]) -> str:
+    """`ttft_p95_s 0.31, quality_loss 0.002`: the metrics named in `columns`, and the quality where it was measured."""
+    metrics = trial.metrics
+    shown = [name for name in dict.fromkeys([*columns, QUALITY_LOSS]) if name in metrics]
+    return ", ".join(f"{name} {metrics[name]:.4g}" for name in shown)
+
+
+def failure_text(trial: Trial) -> str:
+    """Why a trial has no energy, and what it used where it broke a limit."""
+    if trial.over_limit:
+        return f"{trial.error} (it used {joules_text(trial.shown_joules_per_unit)}/{unit(trial)})"
+    return f"failed: {trial.error or 'no window counted'}"
 
 
 def launch_text(trial: Trial) -> str:

@@ -1,15 +1,18 @@
-"""One trial in a process of its own: load a runner, launch the engine, measure, write one result.
+"""Trials in a process of their own: load a runner, launch the engine, measure, write one result a trial.
 
 Run as `python -m tuner.worker JOB`, where JOB is a file that `evaluate.py` wrote. The process leads a
 session of its own, so that ending its group ends everything that it started. It ends itself when its
 parent dies: standard input is a pipe that the parent holds open and never writes to.
 
-Whatever the engine does, this process leaves either a result file or an exit status, never both.
+One launch serves one trial, or several that differ in nothing that needs a restart: then the process waits for
+the next job when a trial is done (`Job.following`). Whatever the engine does, each job leaves either a result
+file or an exit status, never both.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -28,7 +31,21 @@ from tuner.measure import Clocks, difference, idle_watts, measure, settling_seco
 from tuner.meters import MeterOptions, open_meter
 from tuner.space import Config, Lever, Refused, Value
 from tuner.telemetry import Sampler
-from tuner.trial import Energy, Idle, Measurement, Meter, MeterError, Quality, Reading, Target, WarmUp
+from tuner.trial import (
+    Changeable,
+    Energy,
+    Engine,
+    Explained,
+    Idle,
+    Judged,
+    Measurement,
+    Meter,
+    MeterError,
+    Quality,
+    Reading,
+    Target,
+    WarmUp,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +67,10 @@ class Job:
     """Length of the two windows in which idle power is measured; 0 for none."""
     idle_watts: float | None = None
     """What the idle machine drew in an earlier trial with these meters; None when it is not known."""
+    following: int | None = None
+    """An open pipe: after this trial the path of the next job comes through it, or its end; None for the only trial."""
+    reference: str | None = None
+    """Where the quality of the default's output is kept; None where quality is not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +83,10 @@ class Result:
     warm_up: WarmUp | None = None
     idle: Idle | None = None
     spent: Mapping[str, Energy] = field(default_factory=dict)
-    """Energy since the meter was opened, by domain; empty when one reading of it failed."""
+    """Energy since the meter was opened, or since the trial before, by domain; empty when a reading of it failed."""
+    load_energy: Mapping[str, Energy] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
+    reused: bool = False
     error: str | None = None
 
 
@@ -76,6 +100,9 @@ class Found:
     warm_up: WarmUp | None = None
     idle: Idle | None = None
     spent: Mapping[str, Energy] = field(default_factory=dict)
+    load_energy: Mapping[str, Energy] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
+    reused: bool = False
 
     def result(self, error: str | None = None) -> Result:
         """As the parent reads it. The windows of a trial that failed later are kept, and do not count."""
@@ -89,19 +116,49 @@ class Found:
             warm_up=self.warm_up,
             idle=self.idle,
             spent=self.spent,
+            load_energy=self.load_energy,
+            figures=self.figures,
+            reused=self.reused,
             error=error,
         )
 
 
-def run(job: Job, report: Phases, found: Found) -> None:
-    """Launch the engine once and measure it."""
+@dataclass
+class Desk:
+    """The job in hand and what is known of it; the next one takes its place."""
+
+    job: Job
+    found: Found = field(default_factory=Found)
+
+    def next(self) -> bool:
+        """Leave the result of this job and wait for another one; False when there is none."""
+        if self.job.following is None:
+            return False
+        leave(self.job, self.found.result())
+        path = b""
+        while not path.endswith(b"\n"):
+            part = os.read(self.job.following, 4096)
+            if not part:
+                return False
+            path += part
+        asked = msgspec.json.decode(Path(path.decode().rstrip("\n")).read_bytes(), type=Job)
+        # The pipes are this process's own, whatever the next job says of them.
+        self.job = replace(asked, phases=self.job.phases, following=self.job.following)
+        self.found = Found(reused=True)
+        return True
+
+
+def run(desk: Desk, report: Phases) -> None:
+    """Launch the engine once and measure it, again after each change that needs no other launch."""
+    job = desk.job
     runner = load_runner(Path(job.runner))
     with (
         contextlib.closing(open_meter(job.meters, MeterOptions.from_record(job.meter_options))) as opened,
         contextlib.closing(Sampler(job.meters)) as sampler,
-        spending(opened, found) as meter,
+        contextlib.ExitStack() as account,
     ):
-        clocks, plan = process_clocks(), job.plan
+        meter = account.enter_context(spending(opened, desk.found))
+        clocks, plan, found = process_clocks(), job.plan, desk.found
 
         def idle() -> float | None:
             report("measuring idle power")
@@ -113,9 +170,10 @@ def run(job: Job, report: Phases, found: Found) -> None:
 
         machine_watts = idle() if job.idle_seconds else None
         report("loading")
-        started = time.perf_counter()
+        before, started = reading(meter), time.perf_counter()
         with runner.launch(job.config, job.target) as engine:
             found.load_seconds = time.perf_counter() - started
+            found.load_energy = between(before, reading(meter))
             found.effective = dict(engine.effective)
             found.warm_up = warm_up(engine, meter, plan, clocks, report, sampler)
             if machine_watts is not None:
@@ -131,19 +189,70 @@ def run(job: Job, report: Phases, found: Found) -> None:
                         seconds=job.idle_seconds,
                         quality=meter.quality,
                     )
-            meter.forget_fault()
-            for window in measure(
-                engine,
-                meter,
-                plan,
-                clocks,
-                report,
-                sampler=sampler,
-                expected_units=job.target.prompts * job.target.output_tokens,
-                least_watts=job.idle_watts if machine_watts is None else machine_watts,
-            ):
-                found.windows.append(window)
+            least_watts = job.idle_watts if machine_watts is None else machine_watts
+            windows(desk, engine, meter, clocks, report, sampler, least_watts)
+            while job.following is not None:
+                account.close()
+                if not desk.next():
+                    break
+                meter = account.enter_context(spending(opened, desk.found))
+                report("changing what needs no restart")
+                change(engine, desk.job.config)
+                desk.found.effective = dict(engine.effective)
+                desk.found.warm_up = warm_up(engine, meter, desk.job.plan, clocks, report, sampler)
+                windows(desk, engine, meter, clocks, report, sampler, desk.job.idle_watts)
             report("stopping")
+
+
+def change(engine: Engine, config: Config) -> None:
+    """Set what can be set on a running engine."""
+    if not isinstance(engine, Changeable):
+        raise RuntimeError("the runner offers parameters that need no restart, and its engine has no change()")
+    engine.change(config)
+
+
+def windows(
+    desk: Desk,
+    engine: Engine,
+    meter: Whole,
+    clocks: Clocks,
+    report: Phases,
+    sampler: Sampler,
+    least_watts: float | None,
+) -> None:
+    """Measure the engine as it is, then what is asked of it outside the windows."""
+    job, found = desk.job, desk.found
+    meter.forget_fault()
+    for window in measure(
+        engine,
+        meter,
+        job.plan,
+        clocks,
+        report,
+        sampler=sampler,
+        expected_units=job.target.prompts * job.target.output_tokens,
+        least_watts=least_watts,
+    ):
+        found.windows.append(window)
+    figures = dict(engine.figures) if isinstance(engine, Explained) else {}
+    if job.reference is not None and isinstance(engine, Judged):
+        report("measuring quality")
+        figures |= engine.quality(Path(job.reference))
+    if wrong := [name for name, value in figures.items() if not math.isfinite(value)]:
+        raise RuntimeError(f"the engine reported figures that are no numbers: {', '.join(wrong)}")
+    found.figures = {name: float(value) for name, value in figures.items()}
+
+
+def reading(meter: Meter) -> Mapping[str, Reading]:
+    """The counters; nothing where they cannot be read."""
+    with contextlib.suppress(MeterError):
+        return meter.read()
+    return {}
+
+
+def between(before: Mapping[str, Reading], after: Mapping[str, Reading]) -> dict[str, Energy]:
+    """Energy between two readings; nothing where one of them failed."""
+    return difference(before, after) if before and after else {}
 
 
 class Whole:
@@ -241,30 +350,38 @@ def die_with_parent() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def attempt(job: Job, report: Phases) -> Result:
+def attempt(desk: Desk, report: Phases) -> Result:
     """`run`, with whatever goes wrong as a sentence: the one place where every exception is an outcome."""
-    found = Found()
     try:
-        run(job, report, found)
+        run(desk, report)
     except MemoryError:
-        return found.result("out of memory while the engine was loading or running")
+        return desk.found.result("out of memory while the engine was loading or running")
     except Exception as error:  # noqa: BLE001 - an engine may raise anything; a failed trial is a result
         traceback.print_exc(limit=-2)
         told = " ".join(str(error).split())
-        return found.result(told if isinstance(error, Refused) else f"{type(error).__name__}: {told}")
-    return found.result()
+        return desk.found.result(told if isinstance(error, Refused) else f"{type(error).__name__}: {told}")
+    return desk.found.result()
 
 
-def main() -> NoReturn:
-    """Read the job named on the command line, do it, leave the result."""
-    die_with_parent()
-    job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Job)
-    report = Phases(job.phases)
-    result = attempt(job, report)
+def leave(job: Job, result: Result) -> None:
+    """Write a job's result, whole or not at all. Only the first one counts."""
     finished = Path(job.result)
+    if finished.exists():
+        return
     part = finished.with_suffix(".part")
     part.write_bytes(msgspec.json.encode(result))
     part.replace(finished)
+
+
+def main() -> NoReturn:
+    """Do the job named on the command line and those that follow it; leave a result for each."""
+    die_with_parent()
+    desk = Desk(msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Job))
+    report = Phases(desk.job.phases)
+    result = attempt(desk, report)
+    with contextlib.suppress(FileNotFoundError):
+        # The folder is gone where nothing more was wanted: the job in hand had left its result.
+        leave(desk.job, result)
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: an engine's threads and destructors must not be able to change the outcome or hang it.

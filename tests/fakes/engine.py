@@ -24,11 +24,22 @@ def space(target):
     return SearchSpace(
         (
             Int(name="cost", meaning="Milliseconds of CPU that one pass burns.", default=20, low=1, high=64, log=True),
-            Int(name="batch", meaning="Requests handled together.", default=2, low=1, high=8),
+            Int(
+                name="batch",
+                meaning="Requests handled together.",
+                default=2,
+                low=1,
+                high=8,
+                scope="request" if target.size == "live" else "launch",
+            ),
             Choice(name="mode", meaning="How the engine behaves.", default="ok", values=modes, effect="numerics"),
         ),
         (Constraint("batch <= cost", lambda c: c["batch"] <= c["cost"]),),
     )
+
+
+def metrics(target):
+    return ("compile_seconds", "cost_ms")
 
 
 def identity(target):
@@ -44,9 +55,23 @@ def command(config, target):
 
 
 class Engine:
+    """`quality` is worse the larger the batch: as if the batch were lossy."""
+
     def __init__(self, config, target):
-        self.config, self.target, self.passes = config, target, 0
-        self.effective = {"cost": config["cost"], "batch": config["batch"]}
+        self.target, self.passes = target, 0
+        self.change(config)
+
+    def change(self, config):
+        if config["batch"] == 7:
+            raise RuntimeError("seven is refused while running")
+        self.config = config
+        self.figures = {"compile_seconds": 1.5, "cost_ms": config["cost"]}
+        self.effective = {"cost": config["cost"], "batch": config["batch"], "pid": os.getpid()}
+
+    def quality(self, reference):
+        if not reference.exists():
+            reference.write_text(str(self.config["batch"]))
+        return {"quality_loss": 0.01 * (self.config["batch"] - int(reference.read_text()))}
 
     def run_pass(self):
         misbehave(self.config["mode"])

@@ -20,7 +20,7 @@ class DefaultFirst:
         self.name = inner.name
 
     def propose(self, space: SearchSpace, history: History) -> Proposal | None:
-        """The default as the first trial of a segment, and once more when that failed.
+        """The default as the first trial of a segment, and once more when that failed (not when it broke a limit).
 
         A default that is forbidden, or that breaks a constraint, is not run: `inner` is asked at once
         and its reason says so. One that the person turned down is passed over without a word.
@@ -29,7 +29,9 @@ class DefaultFirst:
         if (
             len(history.current) == 1
             and history.default is None
-            and history.find(default)
+            and (before := history.find(default))
+            # A default that breaks a limit breaks it again.
+            and not before.over_limit
             and not space.broken(default)
         ):
             # Everything is held against the default, so one hiccup must not cost the study its base.

@@ -246,6 +246,7 @@ class View:
             ],
             "fixed": {p.name: show(p.default) for p in space.parameters if p.size == 1},
             "constraints": [c.sentence for c in space.constraints],
+            "changeable": [p.name for p in space.free if p.scope in ("request", "live")],
         }
 
     def _goal(self, history: History) -> dict[str, object]:
@@ -279,11 +280,13 @@ class View:
                     "number": t.number,
                     "changes": summary.differences(space, t.config, space.default()),
                     "cause": t.error,
+                    "joules_per_unit": t.shown_joules_per_unit,
                     "log": "\n".join(line for line in t.log[-LOG_LINES_SHOWN:] if line),
                 }
                 for t in history.failed[-FAILURES_SHOWN:]
             ],
             "noise": summary.noise_text(known),
+            "restart_seconds": summary.restart_seconds(history),
             "effects": [e.sentence for e in summary.effects(space, history)],
             "energy": dict(summary.where_energy_goes(best, str(self.workload.get("quality") or ""))) if best else {},
             "remarks": [remark_view(space, d) for d in history.decisions if told(d)],
