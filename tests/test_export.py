@@ -79,7 +79,7 @@ def test_a_row_tells_all_about_its_measurement(tmp_path):
         "units": 100, "unit": "token", "joules_per_unit": 0.5, "seconds": 2.0, "units_per_second": 50.0,
         "cpu_seconds": 3.0, "prompt_tokens": 300, "prefill_seconds": 1.0, "decode_seconds": 3.0,
         "quality": "measured", "meter": "rapl", "passes": 1, "aligned": False, "failed_requests": 0,
-        "trial_seconds": 10.0, "load_seconds": 3.5,
+        "trial_seconds": 10.0, "load_seconds": 3.5, "over_limit": False, "reused": False,
         "predicted_joules_per_unit": 0.7, "prompts": 2, "llm_model": "m-1", "llm_input_tokens": 100,
         "llm_output_tokens": 16, "machine_cpu": "Xeon", "identity_engine": "llama.cpp",
     }  # fmt: skip
