@@ -1,0 +1,807 @@
+"""What engines behind HTTP share: a supervised process, a readiness check, and the load over a streaming API.
+
+`start_server` runs an engine in a process group of its own that ends with the worker, however the worker dies
+(docs/design/serving.md). `wait_ready` waits for it, or says what its log says. `Client` sends the fixed load to an
+OpenAI-compatible API and brings back a `Work`: tokens as the server counted them, times as the client saw them.
+
+The client is in the measured window: plain sockets and threads, one per request in flight, and no library that
+takes seconds to import. The prompts of a pass are a function of seed, pass and request, so they are the same for
+every trial and new in every pass: a prefix cache finds nothing to reuse.
+
+Every failure is a `RuntimeError` of one sentence. A failed request is only counted where the engine runs on and
+answered others; whatever would fail again for every request ends the pass.
+
+Glossary
+    closed loop   as many requests in flight as the concurrency says; the next one waits for an answer
+    open loop     requests leave at moments drawn beforehand, whether or not earlier ones are answered
+    leash         a pipe that the worker alone holds; the engine is killed when it ends
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import functools
+import http.client
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tuner.space import Refused
+from tuner.trial import Target, Work
+
+# --- the process -----------------------------------------------------------------------------
+
+STOP_SECONDS = 10.0
+"""From SIGTERM to SIGKILL."""
+
+POLL_SECONDS = 0.1
+
+LATE_SECONDS = 2.0
+"""How long after a broken connection an engine's end may become known."""
+
+LONGEST_CAUSE = 300
+
+NOT_STARTED = "cannot be started"
+
+_SUPERVISOR = Path(__file__).with_name("supervise.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Symptoms:
+    """How an engine's log says why it ended. The first pattern that is found anywhere wins; then the next."""
+
+    out_of_memory: Sequence[str] = ()
+    """Regular expressions; the line that holds one follows `out of memory:`."""
+    telling: Sequence[str] = ()
+    """Of lines that name a cause, tried before the general ones."""
+
+
+# What most programs print: Python's last line of a traceback, argparse's, and a C++ logger's.
+_TELLING = (
+    r"\b(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Refused)\b: .+",
+    r"\berror: .+",
+    r"(?i)\b(?:fatal|panic|abort)\w*\b.*: .+",
+)
+
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
+
+
+class Server:
+    """A running engine, with the process group that holds it and the part of the log that it wrote."""
+
+    def __init__(
+        self,
+        supervisor: subprocess.Popen[bytes],
+        leash: int,
+        status: int,
+        log_start: int | None,
+        name: str,
+        symptoms: Symptoms,
+    ) -> None:
+        self.name = name
+        self._supervisor = supervisor
+        self._leash = leash
+        self._status = status
+        self._log_start = log_start
+        self._symptoms = symptoms
+        self._end: str | None = None
+        self._stopped = False
+
+    @property
+    def pid(self) -> int:
+        """The supervisor's, and the number of the process group."""
+        return self._supervisor.pid
+
+    def end(self, wait_seconds: float = 0.0) -> str | None:
+        """How the engine ended, `exit status 1` or `SIGKILL`; None while it runs."""
+        give_up = time.monotonic() + wait_seconds
+        while self._end is None:
+            # Not reaped before `stop`: until then nobody else can be given the group's number.
+            if _has_exited(self.pid):
+                self._end = _read_end(os.read(self._status, 64))
+            elif time.monotonic() >= give_up:
+                return None
+            else:
+                time.sleep(0.02)
+        return self._end
+
+    def log(self) -> str:
+        """What was written to standard error since the engine was started; empty where that is no file."""
+        if self._log_start is None:
+            return ""
+        with Path("/proc/self/fd/2").open("rb") as file:
+            file.seek(self._log_start)
+            return _CONTROL.sub("", file.read().decode(errors="replace"))
+
+    def lack_of_memory(self) -> str | None:
+        """The line of the log that tells of too little memory; None where there is none."""
+        return first_line(self.log(), self._symptoms.out_of_memory)
+
+    def cause(self) -> str:
+        """Why the engine ended, as its log says it: `out of memory: ...`, the first telling line, or the last one."""
+        log = self.log()
+        if found := first_line(log, self._symptoms.out_of_memory):
+            return f"out of memory: {found}"
+        if found := first_line(log, (*self._symptoms.telling, *_TELLING)):
+            return found
+        lines = [line for line in log.splitlines() if line.strip()]
+        return cut(lines[-1]) if lines else "it wrote nothing to its log"
+
+    def stop(self, grace_seconds: float = STOP_SECONDS) -> None:
+        """End the engine and everything in its group; its port is free afterwards. May be called twice."""
+        if self._stopped:
+            return
+        self._stopped = True
+        try:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGTERM)
+            self.end(wait_seconds=grace_seconds)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+            give_up = time.monotonic() + STOP_SECONDS
+            while _alive(self.pid) and time.monotonic() < give_up:
+                time.sleep(0.005)
+        finally:
+            os.close(self._leash)
+            self._supervisor.wait()
+            os.close(self._status)
+
+
+def start_server(
+    argv: Sequence[str],
+    *,
+    name: str,
+    env: Mapping[str, str] | None = None,
+    symptoms: Symptoms | None = None,
+    cwd: Path | None = None,
+) -> Server:
+    """Start an engine whose output goes to this process's standard error.
+
+    Args:
+        argv: the command, word by word; no shell sees it.
+        name: the engine's, for error messages.
+        env: variables beside those of this process.
+        symptoms: how its log names what went wrong.
+        cwd: the folder that it runs in.
+
+    A program that does not exist is known to `wait_ready`, like any other that ends at once.
+    """
+    told = os.fstat(2)
+    log_start = told.st_size if stat.S_ISREG(told.st_mode) else None
+    leash_end, leash = os.pipe()
+    status, status_end = os.pipe()
+    try:
+        supervisor = subprocess.Popen(
+            [sys.executable, "-I", str(_SUPERVISOR), str(leash_end), str(status_end), *argv],
+            env={**os.environ, **(env or {})},
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=2,
+            stderr=2,
+            pass_fds=(leash_end, status_end),
+            start_new_session=True,
+        )
+    except BaseException:
+        os.close(leash)
+        os.close(status)
+        raise
+    finally:
+        os.close(leash_end)
+        os.close(status_end)
+    return Server(supervisor, leash, status, log_start, name, symptoms or Symptoms())
+
+
+def _read_end(told: bytes) -> str:
+    kind, _, number = told.decode().partition(" ")
+    if kind == "signal":
+        return _signal_name(int(number))
+    if kind == "failed":
+        return f"{NOT_STARTED}: {os.strerror(int(number))}"
+    return f"exit status {number}" if kind == "exit" else "its supervisor was killed"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _has_exited(pid: int) -> bool:
+    """Whether a child has ended; it stays unreaped."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _alive(group: int) -> bool:
+    """Whether a process of this group still holds anything. A zombie that nobody reaps holds nothing."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                # The name, in parentheses, may hold anything; then state, parent and group (proc(5)).
+                state, _, of_group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+                if int(of_group) == group and state not in "ZX":
+                    return True
+    return False
+
+
+def first_line(log: str, patterns: Sequence[str]) -> str | None:
+    """What the first of `patterns` that occurs matches in its first line; None where none does.
+
+    A pattern without an end of its own is followed by the rest of its line.
+    """
+    for pattern in patterns:
+        if found := re.search(pattern, log):
+            line_end = log.find("\n", found.start())
+            return cut(log[found.start() : line_end if line_end >= 0 else len(log)])
+    return None
+
+
+def cut(text: str, limit: int = LONGEST_CAUSE) -> str:
+    """Foreign text on one line, without control characters, no longer than `limit`."""
+    line = " ".join(_CONTROL.sub(" ", text).split())
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def wait_ready(url: str, server: Server, *, timeout_seconds: float = 1800.0, path: str = "/health") -> None:
+    """Ask for `path` until the answer is 200.
+
+    Args:
+        url: of the server, `http://127.0.0.1:8000`; a `/v1` at its end is left out.
+        server: watched meanwhile.
+        timeout_seconds: after which it is given up. A trial's own timeout usually comes first.
+        path: what the engine answers with 200 only once it can take requests.
+
+    Raises:
+        RuntimeError: the engine ended first, or the time is over; the sentence says why.
+    """
+    endpoint = Endpoint.parse(url)
+    give_up = time.monotonic() + timeout_seconds
+    answer = "nothing"
+    while True:
+        if (end := server.end()) is not None:
+            if end.startswith(NOT_STARTED):
+                raise RuntimeError(f"{server.name} {end}")
+            raise RuntimeError(f"{server.name} ended while loading ({end}): {server.cause()}")
+        try:
+            status, _ = endpoint.get(path, timeout_seconds=5.0)
+        except OSError:
+            answer = "nothing"
+        except http.client.HTTPException:
+            answer = "no HTTP"
+        else:
+            # The engine may have ended because somebody else listens here, who would have answered.
+            if status == http.HTTPStatus.OK and server.end(POLL_SECONDS) is None:
+                return
+            answer = f"HTTP {status}"
+        if time.monotonic() > give_up:
+            raise RuntimeError(
+                f"{server.name} was not ready after {timeout_seconds:g} s: GET {path} brought {answer}; "
+                f"the last line of its log: {(_lines(server.log()) or ['none'])[-1]}"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _lines(log: str) -> list[str]:
+    return [cut(line) for line in log.splitlines() if line.strip()]
+
+
+# --- addresses -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """Where an OpenAI-compatible API is found."""
+
+    tls: bool
+    host: str
+    port: int
+    prefix: str
+    """The path before `/completions`, usually `/v1`."""
+    key: str | None = field(default=None, repr=False)
+    """Sent as a bearer token; in no message."""
+
+    @classmethod
+    def parse(cls, url: str, key: str | None = None) -> Endpoint:
+        """`http://localhost:8000` or `http://localhost:8000/v1`."""
+        try:
+            parts = urllib.parse.urlsplit(url)
+            port = parts.port
+        except ValueError:
+            parts, port = urllib.parse.urlsplit(""), None
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            shown = url if parts.password is None else "the address given"
+            raise Refused(f"--url {cut(shown, 100)}: expected an address such as http://localhost:8000/v1")
+        if parts.username or parts.password:
+            raise Refused("--url: expected no user name or password in it; put a key into OPENAI_API_KEY")
+        tls = parts.scheme == "https"
+        return cls(
+            tls=tls,
+            host=parts.hostname,
+            port=port or (443 if tls else 80),
+            prefix=parts.path.rstrip("/") or "/v1",
+            key=key,
+        )
+
+    @property
+    def root(self) -> str:
+        """The path that `/health` is appended to."""
+        return self.prefix.removesuffix("/v1")
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http{'s' if self.tls else ''}://{host}:{self.port}{self.prefix}"
+
+    def connect(self, timeout_seconds: float) -> http.client.HTTPConnection:
+        """A connection, opened with the first request. Proxies are not asked: they would be measured too."""
+        kind = http.client.HTTPSConnection if self.tls else http.client.HTTPConnection
+        return kind(self.host, self.port, timeout=timeout_seconds)
+
+    def headers(self) -> dict[str, str]:
+        """Of every request."""
+        return {"Connection": "close"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+
+    def get(self, path: str, *, timeout_seconds: float = 30.0, below: str | None = None) -> tuple[int, bytes]:
+        """Status and first megabyte of `path`, which stands below `root` unless said otherwise."""
+        connection = self.connect(timeout_seconds)
+        try:
+            connection.request("GET", (self.root if below is None else below) + path, headers=self.headers())
+            response = connection.getresponse()
+            return response.status, response.read(1 << 20)
+        finally:
+            connection.close()
+
+
+def models(endpoint: Endpoint) -> tuple[str, ...]:
+    """The names that `GET /v1/models` lists.
+
+    Raises:
+        RuntimeError: nobody answers there, or not as an OpenAI-compatible server does.
+    """
+    try:
+        status, body = endpoint.get("/models", below=endpoint.prefix)
+    except (OSError, http.client.HTTPException) as error:
+        raise RuntimeError(f"{endpoint} cannot be reached: {_said(error)}") from error
+    if status != http.HTTPStatus.OK:
+        raise RuntimeError(f"GET {endpoint}/models brought HTTP {status}: {_message(body)}")
+    try:
+        names = tuple(str(entry["id"]) for entry in json.loads(body)["data"])
+    except (ValueError, TypeError, LookupError) as error:
+        shown = cut(body.decode(errors="replace"), 80)
+        raise RuntimeError(f"{endpoint} is not an OpenAI-compatible server: GET /models brought {shown}") from error
+    return names
+
+
+# --- the load --------------------------------------------------------------------------------
+
+ANY_TOKENS = range(500, 1000)
+"""Ids that are ordinary pieces in every vocabulary seen: above the specials and bytes, below the smallest's end."""
+
+WORDS = (
+    *("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state"),
+    *("family", "hand", "part", "place", "case", "week", "work", "number", "night", "point", "home", "water", "room"),
+    *(
+        "mother",
+        "area",
+        "money",
+        "story",
+        "fact",
+        "month",
+        "lot",
+        "right",
+        "study",
+        "book",
+        "eye",
+        "job",
+        "word",
+        "side",
+    ),
+)
+"""Of text prompts: short and common, so that most tokenizers have a token for each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What is asked of the server in every pass."""
+
+    model: str
+    prompts: int
+    prompt_tokens: int
+    output_tokens: int
+    concurrency: int
+    request_rate: float | None = None
+    """Requests a second in an open loop; None for a closed one."""
+    seed: int = 0
+    salt: str = ""
+    """Part of the seed, for a server that outlives the trial and would find the last one's prompts in its cache."""
+    token_ids: range | None = ANY_TOKENS
+    """Prompts are lists of these ids; None where the server takes only text."""
+    words: int | None = None
+    """Words of a text prompt; None for one per token."""
+    chat: bool = False
+    """`/chat/completions`, for servers without `/completions`; its prompts are text."""
+    fields: Mapping[str, object] = field(default_factory=dict)
+    """Further fields of every request."""
+    ignore_eos: bool = True
+    timeout_seconds: float = 300.0
+    """Without a byte from the server."""
+
+    @classmethod
+    def of(cls, target: Target, model: str, **others: Any) -> Load:
+        """The load that a target asks for."""
+        return cls(
+            model=model,
+            prompts=target.prompts,
+            prompt_tokens=target.prompt_tokens,
+            output_tokens=target.output_tokens,
+            request_rate=target.request_rate,
+            seed=target.seed,
+            **others,
+        )
+
+    @property
+    def exact_prompts(self) -> bool:
+        """Whether the number of prompt tokens is known beforehand."""
+        return self.token_ids is not None and not self.chat
+
+    def draw(self, number: int, request: int | str) -> random.Random:
+        """Random numbers of one request of one pass."""
+        return random.Random(f"{self.seed}/{self.salt}/{number}/{request}")  # noqa: S311 - a load, no secret
+
+    def body(self, number: int, request: int) -> bytes:
+        """The JSON text of one request. The prompt is written without a JSON encoder: long ones take it a while."""
+        draw = self.draw(number, request)
+        if self.exact_prompts:
+            assert self.token_ids is not None
+            names, span = _names(self.token_ids), len(self.token_ids)
+            ids = array.array("I", draw.randbytes(4 * self.prompt_tokens))
+            prompt = f"[{','.join([names[i % span] for i in ids])}]"
+        else:
+            prompt = json.dumps(" ".join(draw.choices(WORDS, k=self.words or self.prompt_tokens)))
+        what = f'"messages":[{{"role":"user","content":{prompt}}}]' if self.chat else f'"prompt":{prompt}'
+        return f"{self._opening}{what}}}".encode()
+
+    @functools.cached_property
+    def _opening(self) -> str:
+        asked: dict[str, object] = {
+            "model": self.model,
+            "max_tokens": self.output_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if self.ignore_eos:
+            asked["ignore_eos"] = True
+        return f"{json.dumps(asked | dict(self.fields))[:-1]}, "
+
+    def offsets(self, number: int) -> list[float]:
+        """When each request of a pass leaves, in seconds from its start; all zeros in a closed loop.
+
+        Gaps are exponential: a Poisson process, the usual model of many users who know nothing of each other.
+        """
+        if self.request_rate is None:
+            return [0.0] * self.prompts
+        draw = self.draw(number, "gaps")
+        return list(
+            itertools.accumulate((draw.expovariate(self.request_rate) for _ in range(self.prompts - 1)), initial=0.0)
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def _names(ids: range) -> tuple[str, ...]:
+    return tuple(map(str, ids))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One streamed answer. Seconds count from the moment at which the request was to leave."""
+
+    seconds: float
+    output_tokens: int
+    prompt_tokens: int
+    arrivals: Sequence[float]
+    """When each piece of text came."""
+    prefill_seconds: float | None
+    decode_seconds: float | None
+    """Where the server says how long it took for each (llama.cpp)."""
+
+    @property
+    def gaps(self) -> list[float]:
+        """Between tokens. Those that came in one piece have none between them, so that the mean is true."""
+        between = [later - earlier for earlier, later in itertools.pairwise(self.arrivals)]
+        return between + [0.0] * (self.output_tokens - len(self.arrivals))
+
+
+class RequestFailed(RuntimeError):
+    """One request brought no answer; the next one may."""
+
+
+class Client:
+    """Sends the load to a server, pass after pass."""
+
+    def __init__(self, endpoint: Endpoint, load: Load, server: Server | None = None) -> None:
+        self.endpoint = endpoint
+        self.load = load
+        self._server = server
+        self._name = server.name if server else str(endpoint)
+        self._pass = 0
+
+    def run_pass(self) -> Work:
+        """Send every request of the next pass and wait for the last answer.
+
+        Raises:
+            RuntimeError: the engine ended, answered no request, or did other work than was asked for.
+        """
+        load, number = self.load, self._pass
+        # Counted before the pass: also what a failed one sent must not be sent again.
+        self._pass += 1
+        offsets = load.offsets(number)
+        outcomes: list[Answer | RequestFailed | None] = [None] * load.prompts
+        broken: list[BaseException] = []
+        todo = iter(range(load.prompts))
+        lock = threading.Lock()
+        start = time.perf_counter()
+
+        def take(own: Iterator[int]) -> None:
+            while not broken:
+                with lock:
+                    request = next(own, None)
+                if request is None:
+                    return
+                try:
+                    outcomes[request] = self._send(load.body(number, request), start + offsets[request])
+                except RequestFailed as error:
+                    outcomes[request] = error
+                except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
+                    broken.append(error)
+
+        if load.request_rate is None:
+            hands = [threading.Thread(target=take, args=(todo,)) for _ in range(min(load.concurrency, load.prompts))]
+        else:
+            hands = [threading.Thread(target=take, args=(iter((request,)),)) for request in range(load.prompts)]
+        for hand in hands:
+            hand.start()
+        for hand in hands:
+            hand.join()
+        if broken:
+            raise broken[0]
+        return self._work([o for o in outcomes if o is not None], time.perf_counter() - start)
+
+    def fit_words(self) -> None:
+        """Choose the words of a text prompt so that it has about as many tokens as asked for.
+
+        Tokenizers differ, and a chat template adds its own tokens: two requests of one output token tell how
+        many tokens a word takes. The same server gives the same number every time.
+        """
+        wanted = self.load.prompt_tokens
+        few, many = max(1, wanted // 2), max(2, wanted)
+        counts = [self._prompt_tokens_of(words) for words in (few, many)]
+        per_word = (counts[1] - counts[0]) / (many - few)
+        extra = counts[0] - per_word * few
+        words = max(1, round((wanted - extra) / per_word)) if per_word > 0 else many
+        self.load = replace(self.load, words=words)
+
+    def _prompt_tokens_of(self, words: int) -> int:
+        load = replace(self.load, words=words, output_tokens=1, salt=f"{self.load.salt}/words")
+        return self._send(load.body(0, words), time.perf_counter(), load).prompt_tokens
+
+    def _work(self, outcomes: Sequence[Answer | RequestFailed], seconds: float) -> Work:
+        answers = [o for o in outcomes if isinstance(o, Answer)]
+        failures = [o for o in outcomes if isinstance(o, RequestFailed)]
+        if failures:
+            self._tell(failures, bool(answers))
+        prefill = [a.prefill_seconds for a in answers if a.prefill_seconds is not None]
+        decode = [a.decode_seconds for a in answers if a.decode_seconds is not None]
+        return Work(
+            units=sum(a.output_tokens for a in answers),
+            prompt_tokens=sum(a.prompt_tokens for a in answers),
+            prefill_seconds=sum(prefill) if len(prefill) == len(answers) else None,
+            decode_seconds=sum(decode) if len(decode) == len(answers) else None,
+            # A failed request lasted, at most, as long as the pass; the window does not count anyway.
+            request_seconds=(*(a.seconds for a in answers), *(seconds for _ in failures)),
+            ttft_seconds=tuple(a.arrivals[0] for a in answers if a.arrivals),
+            itl_seconds=tuple(gap for a in answers for gap in a.gaps),
+            failed_requests=len(failures),
+        )
+
+    def _tell(self, failures: Sequence[RequestFailed], others_answered: bool) -> None:
+        """Say in the log why requests failed; raise where the engine ended or answered none."""
+        server, first = self._server, str(failures[0])
+        if server is not None:
+            if (end := server.end(LATE_SECONDS)) is not None:
+                raise RuntimeError(f"{server.name} ended in the middle of a pass ({end}): {server.cause()}")
+            if not others_answered and (lack := server.lack_of_memory()):
+                raise RuntimeError(f"out of memory: {lack}")
+        if not others_answered:
+            raise RuntimeError(first)
+        for told in dict.fromkeys(map(str, failures)):
+            sys.stderr.write(f"{told}\n")
+
+    # --- one request
+
+    def _send(self, body: bytes, at: float, load: Load | None = None) -> Answer:
+        """Wait until `at`, send, and read the answer as it comes."""
+        load = load or self.load
+        if (early := at - time.perf_counter()) > 0:
+            time.sleep(early)
+        else:
+            # Open loop: a request that leaves late has waited since it should have left.
+            at = at if load.request_rate is not None else time.perf_counter()
+        connection = self.endpoint.connect(load.timeout_seconds)
+        path = f"{self.endpoint.prefix}/{'chat/' if load.chat else ''}completions"
+        try:
+            connection.request("POST", path, body, {"Content-Type": "application/json", **self.endpoint.headers()})
+            response = connection.getresponse()
+            if response.status != http.HTTPStatus.OK:
+                raise self._refusal(response.status, response.read(1 << 16), load)
+            kind = response.headers.get_content_type()
+            if kind != "text/event-stream":
+                raise RuntimeError(
+                    f"{self._name} is not an OpenAI-compatible server that streams: POST {path} brought {kind}: "
+                    f"{cut(response.read(4096).decode(errors='replace'), 80)}"
+                )
+            return self._read(response, at, load)
+        except TimeoutError as error:
+            raise RequestFailed(f"{self._name} hangs: not a byte in {load.timeout_seconds:g} s") from error
+        except ConnectionRefusedError as error:
+            raise RequestFailed(f"{self._name}: connection refused; nothing listens at {self.endpoint}") from error
+        except http.client.IncompleteRead as error:
+            raise RequestFailed(f"{self._name}: the stream was cut off before [DONE]") from error
+        except (http.client.HTTPException, OSError) as error:
+            raise RequestFailed(f"{self._name} broke off: {_said(error)}") from error
+        finally:
+            connection.close()
+
+    def _read(self, response: http.client.HTTPResponse, at: float, load: Load) -> Answer:
+        """Server-sent events up to `[DONE]`."""
+        arrivals: list[float] = []
+        usage: Mapping[str, Any] | None = None
+        timings: Mapping[str, Any] = {}
+        done, rest = False, b""
+        while not done and (data := response.read1(1 << 16)):
+            now = time.perf_counter() - at
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                if not line.startswith(b"data:"):
+                    continue
+                event = line[5:].strip()
+                if event == b"[DONE]":
+                    done = True
+                    break
+                piece = self._event(event)
+                if _carries_text(piece, load.chat):
+                    arrivals.append(now)
+                usage = piece.get("usage") or usage
+                timings = piece.get("timings") or timings
+        seconds = time.perf_counter() - at
+        if not done:
+            raise RequestFailed(f"{self._name}: the stream was cut off before [DONE]")
+        if usage is None:
+            raise RuntimeError(
+                f"{self._name} streams no usage block, so its tokens cannot be counted; "
+                'expected it to know "stream_options": {"include_usage": true}'
+            )
+        return self._answer(usage, timings, arrivals, seconds, load)
+
+    def _event(self, event: bytes) -> dict[str, Any]:
+        try:
+            piece = json.loads(event)
+        except ValueError:
+            piece = None
+        if not isinstance(piece, dict):
+            shown = cut(event.decode(errors="replace"), 80)
+            raise RuntimeError(f"{self._name} is not an OpenAI-compatible server: it streamed {shown}")
+        if piece.get("error"):
+            raise RequestFailed(f"{self._name} broke off with an error: {_message(event)}")
+        return piece
+
+    def _answer(
+        self,
+        usage: Mapping[str, Any],
+        timings: Mapping[str, Any],
+        arrivals: Sequence[float],
+        seconds: float,
+        load: Load,
+    ) -> Answer:
+        try:
+            output, prompt = int(usage["completion_tokens"]), int(usage["prompt_tokens"])
+            cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+            prefill, decode = (
+                float(timings[key]) / 1e3 if key in timings else None for key in ("prompt_ms", "predicted_ms")
+            )
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise RuntimeError(
+                f"{self._name} streams a usage block that cannot be read: {cut(str(usage), 80)}"
+            ) from error
+        if output != load.output_tokens:
+            raise RuntimeError(
+                f"{self._name} generated {output} tokens for a request instead of {load.output_tokens}; "
+                "it does not heed max_tokens or ignore_eos"
+            )
+        if load.exact_prompts and prompt != load.prompt_tokens:
+            raise RuntimeError(f"{self._name} counted {prompt} prompt tokens instead of {load.prompt_tokens}")
+        # A template's opening is the same in every prompt; more than that was asked for before.
+        if cached > max(prompt // 2, 1) and prompt > 1:
+            raise RuntimeError(f"{self._name} took {cached} of {prompt} prompt tokens from a cache")
+        return Answer(
+            seconds=seconds,
+            output_tokens=output,
+            prompt_tokens=prompt,
+            arrivals=arrivals,
+            prefill_seconds=prefill,
+            decode_seconds=decode,
+        )
+
+    def _refusal(self, status: int, body: bytes, load: Load) -> RuntimeError:
+        told = f"{self._name} answered HTTP {status}: {_message(body)}"
+        if status == http.HTTPStatus.NOT_FOUND:
+            with contextlib.suppress(RuntimeError):
+                offered = models(self.endpoint)
+                if load.model not in offered:
+                    return RuntimeError(
+                        f"{told}; the models that it offers are {cut(', '.join(offered) or 'none', 200)}"
+                    )
+        if status == http.HTTPStatus.UNAUTHORIZED:
+            return RuntimeError(f"{told}; put its key into OPENAI_API_KEY")
+        # Too many requests, or a failure of the server's own: the next one may be answered.
+        transient = status == http.HTTPStatus.TOO_MANY_REQUESTS or status >= http.HTTPStatus.INTERNAL_SERVER_ERROR
+        return RequestFailed(told) if transient else RuntimeError(told)
+
+
+def _carries_text(piece: Mapping[str, Any], chat: bool) -> bool:
+    """Whether a piece brings tokens: not a role, not a mere end, not the usage block."""
+    choices = piece.get("choices")
+    if not choices:
+        return False
+    first = choices[0]
+    if chat:
+        delta = first.get("delta") or {}
+        return any(delta.get(key) for key in ("content", "reasoning_content", "reasoning", "tool_calls"))
+    # A token may have no text of its own: half a character, or a special one.
+    return bool(first.get("text")) or first.get("finish_reason") is None
+
+
+def _message(body: bytes) -> str:
+    """The message of an error as servers word it, cut."""
+    text = body.decode(errors="replace")
+    with contextlib.suppress(ValueError):
+        found = json.loads(text)
+        for key in ("error", "detail", "message"):
+            if isinstance(found, dict) and found.get(key):
+                found = found[key]
+        text = found if isinstance(found, str) else json.dumps(found)
+    return cut(text) or "no message"
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno:
+        return errno_text(error.errno)
+    return cut(str(error)) or type(error).__name__
+
+
+def errno_text(number: int) -> str:
+    """`Connection refused`."""
+    return os.strerror(number) if number in errno.errorcode else f"error {number}"
