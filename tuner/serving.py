@@ -590,6 +590,11 @@ class Client:
             raise broken[0]
         return self._work([o for o in outcomes if o is not None], time.perf_counter() - start)
 
+    def try_once(self) -> None:
+        """Send one request of a pass of its own, to learn whether the server takes this form of it."""
+        load = replace(self.load, salt=f"{self.load.salt}/try")
+        self._send(load.body(0, 0), time.perf_counter(), load)
+
     def fit_words(self) -> None:
         """Choose the words of a text prompt so that it has about as many tokens as asked for.
 
@@ -765,7 +770,7 @@ class Client:
                         f"{told}; the models that it offers are {cut(', '.join(offered) or 'none', 200)}"
                     )
         if status == http.HTTPStatus.UNAUTHORIZED:
-            return RuntimeError(f"{told}; put its key into OPENAI_API_KEY")
+            return RuntimeError(f"{told}; put its key into TUNE_SERVER_KEY")
         # Too many requests, or a failure of the server's own: the next one may be answered.
         transient = status == http.HTTPStatus.TOO_MANY_REQUESTS or status >= http.HTTPStatus.INTERNAL_SERVER_ERROR
         return RequestFailed(told) if transient else RuntimeError(told)

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
@@ -175,6 +175,7 @@ def run(desk: Desk, report: Phases) -> None:
             found.load_seconds = time.perf_counter() - started
             found.load_energy = between(before, reading(meter))
             found.effective = dict(engine.effective)
+            count_engine(engine, job.meters)
             found.warm_up = warm_up(engine, meter, plan, clocks, report, sampler)
             if machine_watts is not None:
                 report("letting the clocks fall")
@@ -230,7 +231,8 @@ def windows(
         clocks,
         report,
         sampler=sampler,
-        expected_units=job.target.prompts * job.target.output_tokens,
+        # An engine whose length of output is tuned says how much it was asked for.
+        expected_units=getattr(engine, "expected_units", job.target.prompts * job.target.output_tokens),
         least_watts=least_watts,
     ):
         found.windows.append(window)
@@ -253,6 +255,25 @@ def reading(meter: Meter) -> Mapping[str, Reading]:
 def between(before: Mapping[str, Reading], after: Mapping[str, Reading]) -> dict[str, Energy]:
     """Energy between two readings; nothing where one of them failed."""
     return difference(before, after) if before and after else {}
+
+
+def count_engine(engine: Engine, meters: Sequence[str]) -> None:
+    """Count the CPU time of an engine that ran before this process did; it says so by its `pids`.
+
+    Raises:
+        RuntimeError: its process cannot be seen, and a meter lives on CPU time.
+    """
+    pids = getattr(engine, "pids", None)
+    if pids is None:
+        return
+    if not pids and "estimate" in meters:
+        raise RuntimeError(
+            "the server's process cannot be seen from here (another user's, or in a container), and an estimate is "
+            "made from its CPU time; run as its user or as root, or use a counter (--meter rapl, nvml or wall)"
+        )
+    from tuner.meters.estimate import count_also
+
+    count_also(pids)
 
 
 class Whole:

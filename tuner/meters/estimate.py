@@ -10,6 +10,9 @@ the low end takes both low ends, the high end both high ends (E grows with each 
 What it cannot see: clocks, power limits, vector units, memory stalls, other processes, any GPU. Threads
 that spin look like work. A ranking made with it is a ranking by CPU time and by wall time, no more.
 
+A server that ran before, and is no child of the calling process, is counted from the moment at which `count_also`
+names it.
+
 Invariant: CPU time that was counted is never lost. A child that ends leaves its time with the parent
 that waited for it, and it is taken from there, once; a process whose parent died is followed further.
 """
@@ -19,7 +22,7 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -167,6 +170,17 @@ class _Spent(NamedTuple):
         return self.own + self.reaped
 
 
+_also: list[int] = []
+
+
+def count_also(pids: Iterable[int]) -> None:
+    """From now on, every `TreeCpu` of this process counts these processes too, and everything below them.
+
+    For an engine that somebody else started and that works for this process.
+    """
+    _also.extend(pid for pid in pids if pid not in _also)
+
+
 class TreeCpu:
     """CPU time of the calling process and everything below it, since this object was made.
 
@@ -178,11 +192,13 @@ class TreeCpu:
     def __init__(self) -> None:
         self._root = psutil.Process()
         self._last: dict[psutil.Process, _Spent] = {}
+        self._joined: set[int] = set()
         self._last = self._snapshot()
         self._seconds = 0.0
 
     def seconds(self) -> float:
         """CPU seconds so far, never decreasing. Raises `MeterError` when the processes cannot be read."""
+        self._let_join()
         now = self._snapshot()
         own = reaped = 0.0
         for process, spent in now.items():
@@ -194,6 +210,18 @@ class TreeCpu:
         self._last = now
         self._seconds += own + max(0.0, reaped)
         return self._seconds
+
+    def _let_join(self) -> None:
+        """Take what `count_also` named into the last snapshot: what they used before is not counted."""
+        for pid in _also:
+            if pid not in self._joined:
+                try:
+                    root = psutil.Process(pid)
+                    for process in (root, *root.children(recursive=True)):
+                        self._last.setdefault(process, self._spent(process, bequeaths=process != root))
+                except psutil.NoSuchProcess:
+                    raise MeterError(f"process {pid}, whose CPU time was to be counted, has ended") from None
+                self._joined.add(pid)
 
     def _snapshot(self) -> dict[psutil.Process, _Spent]:
         # A child that is reaped between the reading of its own times and of its parent's would be counted
