@@ -174,6 +174,8 @@ def _bench(header: Header, meters: MeterChoice, say: Say, *, search: bool = True
     path = find("runners", header.workload, local=False)
     if not shipped(path):
         say(f"running the code of {path}")
+    if header.target.spec is not None:
+        say(f"running the commands of {header.target.spec}")
     runner = load_runner(path)
     notes: list[str] = []
     space = asked(path, "space", lambda: runner.space(header.target))
@@ -227,6 +229,12 @@ def _with_knobs(space: SearchSpace, meters: MeterChoice, say: Say) -> SearchSpac
     from tuner.control import knobs
 
     return replace(space, parameters=(*space.parameters, *knobs(say)))
+
+
+def own_load(bench: Bench, target: Target) -> str | None:
+    """The load in a runner's own words, where it brings one that is not in the target; else None."""
+    load = getattr(bench.runner, "load", None)
+    return str(asked(bench.runner_path, "load", lambda: load(target))) if load else None
 
 
 def asked(runner: Path, question: str, answer: Callable[[], T]) -> T:
@@ -457,7 +465,8 @@ def view_of(header: Header, bench: Bench) -> View:
         workload={
             "engine": " ".join(filter(None, (bench.identity.get("engine"), bench.identity.get("engine_version")))),
             "model": bench.identity.get("model", ""),
-            "load": f"{load.prompts} requests sent at once, {load.prompt_tokens} prompt tokens and"
+            "load": own_load(bench, load)
+            or f"{load.prompts} requests sent at once, {load.prompt_tokens} prompt tokens and"
             f" {load.output_tokens} output tokens each",
             "quality": bench.meters.quality,
             **limits_told(header.limits),

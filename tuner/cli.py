@@ -85,7 +85,11 @@ class Terminated(BaseException):
 Workload = Annotated[
     str,
     typer.Option(
-        "--workload", "-w", help="Engine to tune: a runner's name, or a path to a runner's file.", rich_help_panel=LOAD
+        "--workload",
+        "-w",
+        help="Engine to tune: a runner's name, a path to a runner's file, or a TOML file that describes a command"
+        " (the same as `--workload command --spec FILE`).",
+        rich_help_panel=LOAD,
     ),
 ]
 Model = Annotated[str | None, typer.Option(help="Model to run. Left out, the runner makes one.", rich_help_panel=LOAD)]
@@ -441,7 +445,7 @@ def run(
             raise Refused(f"--name {name!r}: expected letters, digits, dots, dashes and underscores, at most 100")
         header = Header(
             name=name or "",
-            workload=_lasting("runners", workload, named=_given(context, "workload")),
+            workload=_runner_of(context, workload),
             target=_target(context.params),
             proposer=proposer or "llm",
             base_url=base_url,
@@ -558,6 +562,10 @@ def _target(params: Mapping[str, Any]) -> Target:
     from tuner.trial import Target
 
     load = {name: params[name] for name in _LOAD_OPTIONS if name in params}
+    if _describes_command(workload := params["workload"] or ""):
+        if load["spec"]:
+            raise Refused(f"--workload {workload} --spec {load['spec']}: both name a file; leave one of them out")
+        load["spec"] = workload
     # Files are named from where the person stands now; a resume may stand elsewhere.
     local = Path(load["model"]).expanduser() if load["model"] else None
     load["model"] = str(local.absolute()) if local and local.exists() else load["model"]
@@ -567,6 +575,18 @@ def _target(params: Mapping[str, Any]) -> Target:
     on_quality = any(text.strip().startswith(QUALITY_LOSS) for text in params.get("limit") or ())
     lossy = load["allow_lossy"] or on_quality
     return Target(**{**load, "allow_lossy": lossy, "quality": lossy})
+
+
+def _describes_command(workload: str) -> bool:
+    """Whether a workload is no runner but a file that describes a command for the runner `command`."""
+    return workload.endswith(".toml")
+
+
+def _runner_of(context: typer.Context, workload: str) -> str:
+    """The runner that a workload means."""
+    return (
+        "command" if _describes_command(workload) else _lasting("runners", workload, named=_given(context, "workload"))
+    )
 
 
 def _plan(params: Mapping[str, Any], *, windows: int | None = None, repeats: str = "1", fast: bool = False) -> Plan:
@@ -629,7 +649,10 @@ def _start(
         Threshold.parse(header.threshold)
     header, bench = prepare(header, meter=meter, options=options, say=screen.say)
     if not header.name:
-        parts = (Path(header.workload).stem, Path(header.template or header.proposer).stem.removesuffix(".md"))
+        parts = (
+            Path(header.target.spec or header.workload).stem,
+            Path(header.template or header.proposer).stem.removesuffix(".md"),
+        )
         header = replace(header, name=free_name(results, "-".join((*parts, time.strftime("%Y%m%d-%H%M%S")))))
     chat = _open_chat(screen, header)
     _check_proposer(header, bench, chat)
@@ -862,7 +885,7 @@ def calibrate(
             raise Refused(f"--launches {launches}: expected {LEAST_LAUNCHES} or more, since fewer show no spread")
         header = Header(
             name="calibration",
-            workload=_lasting("runners", workload, named=_given(context, "workload")),
+            workload=_runner_of(context, workload),
             target=_target(context.params),
             proposer="default",
             pins=tuple(pin or ()),
@@ -1280,7 +1303,7 @@ def compare(
                 asked = ask_workload(
                     Header(
                         name="",
-                        workload=_lasting("runners", workload, named=True),
+                        workload=_runner_of(context, workload),
                         target=_target(context.params),
                         proposer="default",
                         llm=llm,
@@ -1585,7 +1608,7 @@ def record(
         chosen = Sample.parse(sample)
         header = Header(
             name="recording",
-            workload=_lasting("runners", workload, named=_given(context, "workload")),
+            workload=_runner_of(context, workload),
             target=_target(context.params),
             proposer=str(chosen),
             seed=seed,

@@ -228,7 +228,7 @@ def _window(
     work = together(works)
     return Measurement(
         # Every gap between two tokens would be most of the journal; its quantiles are in the metrics.
-        work=replace(work, itl_seconds=()),
+        work=replace(work, itl_seconds=(), metrics={}),
         seconds=stretch.seconds,
         energy={} if faults else stretch.energy,
         quality=meter.quality,
@@ -248,7 +248,8 @@ def _window(
 
 
 def metrics_of(work: Work, seconds: float) -> dict[str, float]:
-    """What limits may be set on, of one window: throughput, and mean and quantiles of each latency that was timed.
+    """What limits may be set on, of one window: throughput, mean and quantiles of each latency that was timed, and
+    what the engine itself reports; a name that both know is the measured one.
 
     `latency` is a whole request's, `ttft` the time to its first token, `itl` the time between two of its tokens.
     Quantiles are the smallest value that so many percent do not exceed: no value is made up between two of them.
@@ -261,7 +262,7 @@ def metrics_of(work: Work, seconds: float) -> dict[str, float]:
             found[f"{name}_mean_s"] = statistics.fmean(ordered)
             for percent in QUANTILES:
                 found[f"{name}_p{percent}_s"] = ordered[math.ceil(percent / 100 * len(ordered)) - 1]
-    return found
+    return {**{name: value for name, value in work.metrics.items() if math.isfinite(value)}, **found}
 
 
 def _pass(engine: Engine) -> Work:
@@ -481,4 +482,9 @@ def together(works: Sequence[Work]) -> Work:
         ttft_seconds=tuple(s for w in works for s in w.ttft_seconds),
         itl_seconds=tuple(s for w in works for s in w.itl_seconds),
         failed_requests=sum(w.failed_requests for w in works),
+        metrics={
+            name: statistics.fmean(known)
+            for name in dict.fromkeys(name for w in works for name in w.metrics)
+            if (known := [w.metrics[name] for w in works if name in w.metrics])
+        },
     )

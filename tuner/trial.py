@@ -90,6 +90,9 @@ class Work:
     """Time between two tokens of one request, of all requests: read for the window's metrics, then dropped."""
     failed_requests: int = 0
     """Requests that brought no answer; a window that holds one does not count."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Figures that the engine itself reports of this pass, by a name that says the unit; read for the window's
+    metrics, as their mean over its passes, then dropped."""
 
 
 class Engine(Protocol):
@@ -143,6 +146,8 @@ class Service:
     argv: tuple[str, ...] = ()
     """The command, word by word."""
     env: Mapping[str, str] = field(default_factory=dict)
+    folder: str | None = None
+    """Where the command starts; None where that does not matter."""
     port: int | None = None
     """Where it listens."""
     image: str | None = None
@@ -161,8 +166,9 @@ class Service:
 class Runner(Protocol):
     """A file in `runners/`: four functions at module level.
 
-    Three more are asked for where a runner has them: `describe(target)` is a sentence on the model, `metrics(target)`
-    names the figures of its own that limits may be set on, and `service(config, target)` gives a `Service`.
+    Four more are asked for where a runner has them: `describe(target)` is a sentence on the model, `load(target)` one
+    on a load that is not the target's, `metrics(target)` names the figures of its own that limits may be set on, and
+    `service(config, target)` gives a `Service`.
     """
 
     def space(self, target: Target) -> SearchSpace:
