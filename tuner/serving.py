@@ -241,12 +241,14 @@ def _alive(group: int) -> bool:
 
 
 def first_line(log: str, patterns: Sequence[str]) -> str | None:
-    """What the first of `patterns` that occurs matches in its first line; None where none does.
+    """The first line that the first of `patterns` occurs in, from there on; None where none occurs.
 
-    A pattern without an end of its own is followed by the rest of its line.
+    Of a pattern with a group, only what the group matches.
     """
     for pattern in patterns:
-        if found := re.search(pattern, log):
+        if found := re.search(pattern, log, re.MULTILINE):
+            if found.lastindex:
+                return cut(found[1])
             line_end = log.find("\n", found.start())
             return cut(log[found.start() : line_end if line_end >= 0 else len(log)])
     return None

