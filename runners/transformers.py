@@ -711,7 +711,7 @@ def _named_causes(doing: str) -> Iterator[None]:
         yield
     except Refused:
         raise
-    except _LIBRARY_ERRORS as error:
+    except (*_LIBRARY_ERRORS, _library("safetensors").SafetensorError) as error:
         raise RuntimeError(_cause(error, doing)) from error
 
 
@@ -1225,9 +1225,14 @@ def _statements(config: Mapping[str, Value], target: Target) -> tuple[list[str],
             body.append(f"config = AutoConfig.for_model({kind!r}, **{settings!r})")
         else:
             body.append(f"config = AutoConfig.from_pretrained({target.model!r})")
-        # Quantising while loading needs files; a random model's own initial weights do for everything else.
         plain = [word for word in how if not word.startswith("quantization_config")]
-        body.append(f"model = AutoModelForCausalLM.from_config(config, {', '.join(plain)}).to({device!r})")
+        body.append(f"model = AutoModelForCausalLM.from_config(config, {', '.join(plain)})")
+        if len(plain) < len(how):
+            # Weights are quantised by the loader only; it takes them from memory too.
+            body.append(f"loaded = {{'config': config, 'state_dict': model.state_dict(), {', '.join(_pairs(how))}}}")
+            body.append("model = type(model).from_pretrained(None, **loaded)")
+        if not quantization.startswith("bnb"):
+            body[-1] += f".to({device!r})"
     else:
         names.append("AutoTokenizer")
         place = repr(str(model.folder) if Path(str(target.model)).expanduser().is_dir() else target.model)
@@ -1274,6 +1279,11 @@ def _statements(config: Mapping[str, Value], target: Target) -> tuple[list[str],
         ]
     imports.append(f"from transformers import {', '.join(sorted(names))}")
     return imports, body
+
+
+def _pairs(arguments: Sequence[str]) -> list[str]:
+    """`name=value` as the item of a dictionary's literal."""
+    return [f"{name!r}: {value}" for name, _, value in (word.partition("=") for word in arguments)]
 
 
 def command(config: Config, target: Target) -> str:
