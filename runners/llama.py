@@ -48,7 +48,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value
-from tuner.trial import Target, Work
+from tuner.trial import Service, Target, Work
 
 # --- the model -------------------------------------------------------------------------------
 
@@ -957,3 +957,73 @@ def command(config: Config, target: Target) -> str:
     if changed("mmap"):
         words += ["--load-mode", "none"]
     return shlex.join(words)
+
+
+SERVICE_PORT = 8080
+"""llama-server's own default."""
+
+IMAGES = {False: "ghcr.io/ggml-org/llama.cpp:server", True: "ghcr.io/ggml-org/llama.cpp:server-cuda"}
+"""Without and with GPU layers: docs/docker.md of ggml-org/llama.cpp. Their entry point is llama-server."""
+
+
+def service(config: Config, target: Target) -> Service:
+    """`llama-server` with `config`: alone it listens to this machine only, in a container to its network.
+
+    The Python form is the engine that was measured, `xllamacpp`; the others are the same server built by its project.
+    """
+    model = _model(target, str(config.get("weights", DEFAULT_WEIGHTS)))
+    words = shlex.split(command(config, target))
+    gpus = bool(config.get("gpu_layers", 0))
+    listen = ("--port", str(SERVICE_PORT), "--host")
+    return Service(
+        argv=(*words, *listen, "127.0.0.1"),
+        port=SERVICE_PORT,
+        image=IMAGES[gpus],
+        image_argv=(*words[1:], *listen, "0.0.0.0"),  # noqa: S104 - the container's own network
+        paths=(str(model.path),),
+        gpus=gpus,
+        python=_script(config, target, model),
+    )
+
+
+def _script(config: Config, target: Target, model: Model) -> str:
+    """`_parameters` as a script: the tuned ones, without the conditions of the measurement."""
+    flash = {"off": "DISABLED", "on": "ENABLED", "auto": "AUTO"}[str(config["flash_attention"])]
+    load_mode = "AUTO" if config["mmap"] else "NONE"
+    cache = {side: str(config.get(f"cache_type_{side}", "f16")).upper() for side in ("k", "v")}
+    settings = {
+        "model.path": repr(str(model.path)),
+        "port": repr(SERVICE_PORT),
+        "fit_params": "False",
+        "n_ctx": repr(_context(config, target)),
+        "n_parallel": repr(config["parallel"]),
+        "kv_unified": repr(config["kv_unified"]),
+        "cont_batching": repr(config["continuous_batching"]),
+        "n_batch": repr(config["n_batch"]),
+        "n_ubatch": repr(config["n_ubatch"]),
+        "cpuparams.n_threads": repr(config["threads"]),
+        "cpuparams_batch.n_threads": repr(config["threads_batch"]),
+        "no_extra_bufts": repr(not config["repack"]),
+        "flash_attn_type": f'xllamacpp.llama_flash_attn_type["LLAMA_FLASH_ATTN_TYPE_{flash}"]',
+        "load_mode": f'xllamacpp.llama_load_mode["LLAMA_LOAD_MODE_{load_mode}"]',
+        "cache_type_k": f'xllamacpp.ggml_type["GGML_TYPE_{cache["k"]}"]',
+        "cache_type_v": f'xllamacpp.ggml_type["GGML_TYPE_{cache["v"]}"]',
+        "n_gpu_layers": repr(config.get("gpu_layers", 0)),
+    }
+    lines = "\n".join(f"params.{name} = {value}" for name, value in settings.items())
+    return f"""\
+import signal
+import threading
+
+import xllamacpp
+
+params = xllamacpp.CommonParams()
+{lines}
+
+server = xllamacpp.Server(params)
+print(f"serving on {{server.listening_address}}", flush=True)
+asked_to_end = threading.Event()
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: asked_to_end.set())
+asked_to_end.wait()
+"""

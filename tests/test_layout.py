@@ -35,7 +35,7 @@ LAYERS = [
     {"evaluate"},
     {"study", "display"},
     {"confirm", "assemble", "calibrate", "cost", "calls"},
-    {"session", "record", "compare", "figures"},
+    {"session", "record", "compare", "figures", "apply"},
     {"live", "outcome", "page"},
     {"cli"},
 ]

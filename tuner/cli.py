@@ -828,6 +828,52 @@ def confirm(
     raise typer.Exit(SUCCESS if found.shown else UNFINISHED)
 
 
+# --- tune apply --------------------------------------------------------------------------------
+
+
+@app.command()
+def apply(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's folder: results/NAME.")],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--as",
+            metavar="FORM",
+            help="`command`, `systemd`, `compose`, `kubernetes`, `modelfile` (Ollama) or `python`, as far as the engine"
+            " offers it.",
+        ),
+    ] = "command",
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write it there. Left out, it is printed and nothing is written."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file of --output.")] = False,
+    unconfirmed: Annotated[
+        bool,
+        typer.Option("--unconfirmed", help="Take the best of the search where no confirmation shows a saving."),
+    ] = False,
+) -> None:
+    """Write down how to run the confirmed best of a study for good. Nothing is started.
+
+    Exit code 2: no saving is confirmed, or the engine does not offer this form.
+    """
+    from tuner.apply import choose, launch_of, render, save
+    from tuner.journal import read
+
+    with _screen() as screen:
+        if force and output is None:
+            raise Refused("--force: it goes with --output FILE")
+        found = read(study)
+        chosen = choose(found, unconfirmed=unconfirmed)
+        text = render(form, launch_of(found, chosen, screen.say))
+        (screen.say if chosen.confirmed else screen.warn)(chosen.said)
+        if output is None:
+            typer.echo(text, nl=False)
+            return
+        save(text, output, force=force)
+        screen.say(f"written to {output}")
+
+
 # --- tune calibrate ----------------------------------------------------------------------------
 
 
