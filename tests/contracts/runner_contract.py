@@ -29,6 +29,9 @@ class RunnerContract:
     unreadable: ClassVar[frozenset[str]] = frozenset()
     """Parameters that the engine gives no way to read back; each has its reason in the runner."""
 
+    prefill_apart: ClassVar[bool] = True
+    """Whether the engine times prefill and decode. A server's client sees only the first token, queue and all."""
+
     @pytest.fixture
     def runner(self) -> Any:
         raise NotImplementedError
@@ -115,6 +118,10 @@ class RunnerContract:
     def test_prefill_and_decode_are_timed_apart(self, runner: Any, target: Target, default: Config) -> None:
         with runner.launch(default, target) as engine:
             work = engine.run_pass()
+        if not self.prefill_apart:
+            assert (work.prefill_seconds, work.decode_seconds) == (None, None)
+            assert len(work.ttft_seconds) == target.prompts
+            return
         assert work.prefill_seconds > 0
         assert work.decode_seconds > 0
         assert work.prefill_seconds + work.decode_seconds <= sum(work.request_seconds) * 1.05
