@@ -68,12 +68,10 @@ def _is_here(host: str) -> bool:
     except OSError as error:
         raise Refused(f"--url: the host {cut(host, 80)} is unknown ({error.strerror}); check its name") from error
     for family, kind, protocol, _, address in found:
-        try:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.bind((address[0], 0))
-        except OSError:
-            return False
-    return True
+        with suppress(OSError), socket.socket(family, kind, protocol) as probe:
+            probe.bind((address[0], 0))
+            return True
+    return False
 
 
 def _model(endpoint: Endpoint, target: Target) -> str:

@@ -29,6 +29,9 @@ class RunnerContract:
     unreadable: ClassVar[frozenset[str]] = frozenset()
     """Parameters that the engine gives no way to read back; each has its reason in the runner."""
 
+    unit: ClassVar[str] = "token"
+    """What a pass makes; images have no prompt tokens to count."""
+
     one_clock: ClassVar[str | None] = None
     """Why prefill and decode cannot be timed apart; None where they are."""
 
@@ -110,8 +113,10 @@ class RunnerContract:
             passes = [engine.run_pass() for _ in range(2)]
         for work in passes:
             assert isinstance(work, Work)
-            assert work.units == target.prompts * target.output_tokens
-            assert work.prompt_tokens == target.prompts * target.prompt_tokens
+            assert work.unit == self.unit
+            assert work.units == target.prompts * (target.output_tokens if self.unit == "token" else 1)
+            if self.unit == "token":
+                assert work.prompt_tokens == target.prompts * target.prompt_tokens
             assert len(work.request_seconds) == target.prompts
             assert all(seconds > 0 for seconds in work.request_seconds)
 

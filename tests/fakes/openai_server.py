@@ -1,0 +1,208 @@
+"""An engine behind an OpenAI-compatible API, on a real port, that streams tokens and misbehaves on demand.
+
+In a test: `with Engine("cut") as engine: ... engine.url, engine.requests`. `tests/fakes/vllm_server.py` serves
+the same in a process of its own. A mode `MODE:N` begins with request N, counted from 0.
+
+The pieces are those of vLLM 0.32 and of llama.cpp's server, as both streamed them to a plain client.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+CUDA_OUT_OF_MEMORY = (
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 50.00 MiB. GPU 0 has a total capacity of 23.56 GiB "
+    "of which 21.75 MiB is free. Including non-PyTorch memory, this process has 23.50 GiB memory in use. Of the "
+    "allocated memory 22.88 GiB is allocated by PyTorch, with 24.00 MiB allocated in private pools (CUDA Graphs), "
+    "and 275.38 MiB is reserved by PyTorch but unallocated."
+)
+"""As vLLM's EngineCore logged it (github.com/noonghunna/club-3090, issue 16)."""
+
+
+class Engine:
+    """Serves in a thread; `requests` holds the bodies it got, in order of arrival."""
+
+    def __init__(self, mode="ok", *, model="m", port=0, seats=64, token_seconds=0.0, metrics=""):
+        self.mode, _, start = mode.partition(":")
+        self.begins = int(start or 0)
+        self.model, self.metrics, self.token_seconds = model, metrics, token_seconds
+        self.requests, self.headers, self.in_flight, self.most_in_flight = [], [], 0, 0
+        self.lock = threading.Lock()
+        self.seats = threading.Semaphore(seats)
+        engine = self
+
+        class Handler(_Handler):
+            served = engine
+
+        self.server = _Server(("127.0.0.1", port), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request, client_address):
+        """A client that went away is no error of the server's."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    served: Engine
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, status, content, kind="application/json"):
+        data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def error(self, status, message, kind="InternalServerError"):
+        self.reply(status, {"error": {"message": message, "type": kind, "param": None, "code": status}})
+
+    def do_GET(self):
+        served = self.served
+        if self.path == "/health":
+            self.reply(503 if served.mode == "unhealthy" else 200, "")
+        elif self.path == "/v1/models":
+            offered = {"two-models": ["m", "n"], "no-model": []}.get(served.mode, [served.model])
+            if served.mode == "no-api":
+                self.reply(200, "<html>hello</html>", "text/html")
+            else:
+                self.reply(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in offered]})
+        elif self.path == "/version":
+            self.reply(200, {"version": "0.32.0"})
+        elif self.path == "/metrics":
+            self.reply(200, served.metrics, "text/plain")
+        else:
+            self.error(404, "Not Found", "NotFoundError")
+
+    def do_POST(self):
+        served = self.served
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.left = False
+        with served.lock:
+            number = len(served.requests)
+            served.requests.append({"path": self.path, "at": time.perf_counter(), **asked})
+            served.headers.append(dict(self.headers))
+            served.in_flight += 1
+            served.most_in_flight = max(served.most_in_flight, served.in_flight)
+        try:
+            with served.seats:
+                self.answer(asked, number, served.mode if number >= served.begins else "ok")
+        finally:
+            self.leave()
+
+    def leave(self):
+        """Before the last byte: the client sends its next request as soon as it has that."""
+        with self.served.lock:
+            self.served.in_flight -= not self.left
+            self.left = True
+
+    def answer(self, asked, number, mode):
+        if asked["model"] != self.served.model:
+            return self.error(404, f"The model `{asked['model']}` does not exist.", "NotFoundError")
+        chat = self.path.endswith("/chat/completions")
+        if mode == "chat-only" and not chat:
+            return self.error(404, "Not Found", "NotFoundError")
+        prompt = asked["messages"][0]["content"] if chat else asked["prompt"]
+        if mode == "text-only" and isinstance(prompt, list):
+            return self.error(400, "prompt: expected a string", "BadRequestError")
+        if mode == "strict" and "ignore_eos" in asked:
+            return self.error(400, "Unrecognized request argument supplied: ignore_eos", "invalid_request_error")
+        if mode == "500" or (mode == "every-other" and number % 2):
+            return self.error(500, "EngineCore encountered an issue. See stack trace (above) for the root cause.")
+        if mode == "400":
+            return self.error(400, "This model's maximum context length is 48 tokens.", "BadRequestError")
+        if mode == "401":
+            return self.error(401, "Unauthorized", "Unauthorized")
+        if mode == "html":
+            return self.reply(200, "<html>It works!</html>", "text/html")
+        if mode == "not-streaming":
+            return self.reply(200, {"object": "text_completion", "choices": [{"text": "all at once"}]})
+        if mode == "hang":
+            time.sleep(3)
+            return None
+        if mode == "reset":
+            self.close_connection = True
+            return None
+        if mode == "out-of-memory":
+            sys.stderr.write(f"(EngineCore pid=112) ERROR 05-01 14:39:06 [core.py:1131] {CUDA_OUT_OF_MEMORY}\n")
+            self.error(500, "EngineCore encountered an issue. See stack trace (above) for the root cause.")
+            os._exit(1)
+        if mode == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.stream(asked, chat, prompt, mode)
+
+    def stream(self, asked, chat, prompt, mode):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        count = asked["max_tokens"] - (mode == "short")
+        words = len(prompt.split()) if isinstance(prompt, str) else len(prompt)
+        # A word of this tokenizer's is two tokens, and a template adds seven.
+        tokens = words if isinstance(prompt, list) else 2 * words + 7 * chat
+        if chat:
+            self.event(
+                {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
+            )
+        at_once = 2 if mode == "pairs" else 1
+        for index in range(0, count, at_once):
+            time.sleep(self.served.token_seconds)
+            if mode == "cut" and index >= count // 2:
+                self.wfile.write(b"0\r\n\r\n")
+                return
+            if mode == "broken-chunk" and index >= count // 2:
+                self.close_connection = True
+                return
+            if mode == "error-event":
+                self.event({"error": {"message": "EngineCore died", "code": 500}})
+                return
+            if mode == "garbage":
+                self.chunk(b"data: hello\n\n")
+                return
+            text = "x" * at_once
+            end = "length" if index + at_once >= count else None
+            piece = {"delta": {"content": text}} if chat else {"text": text}
+            self.event({"choices": [{"index": 0, **piece, "finish_reason": end}], "usage": None})
+        if mode != "no-usage":
+            usage = {"prompt_tokens": tokens + (mode == "miscounts"), "completion_tokens": count}
+            if mode == "cached":
+                usage["prompt_tokens_details"] = {"cached_tokens": tokens - 1}
+            if mode == "odd-usage":
+                usage = {"tokens": 3}
+            last = {"choices": [], "usage": usage}
+            if mode == "timings":
+                last["timings"] = {"prompt_ms": 12.5, "predicted_ms": 30.0}
+            self.event(last)
+        self.leave()
+        self.chunk(b"data: [DONE]\n\n")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def event(self, piece):
+        self.chunk(f"data: {json.dumps({'id': 'cmpl-1', 'model': self.served.model, **piece})}\n\n".encode())
+
+    def chunk(self, data):
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        self.wfile.flush()

@@ -1,0 +1,604 @@
+"""What engines behind HTTP share: real processes that die, and a real server that misbehaves."""
+
+import itertools
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from fakes.openai_server import CUDA_OUT_OF_MEMORY, Engine
+
+from tuner import supervise
+from tuner.serving import (
+    Client,
+    Endpoint,
+    Load,
+    Server,
+    Symptoms,
+    cut,
+    first_line,
+    free_port,
+    models,
+    start_server,
+    wait_ready,
+)
+from tuner.space import Refused
+from tuner.trial import Target
+
+ROOT = Path(__file__).parents[1]
+LOAD = Load(model="m", prompts=4, prompt_tokens=8, output_tokens=6, concurrency=2, timeout_seconds=0.5)
+MEMORY = Symptoms(out_of_memory=("CUDA out of memory.*",))
+
+
+@pytest.fixture
+def log(tmp_path):
+    """Standard error is a file while an engine runs, as in a worker."""
+    path = tmp_path / "log"
+    kept = os.dup(2)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    yield path
+    os.dup2(kept, 2)
+    os.close(kept)
+
+
+def python(code, **more):
+    return start_server([sys.executable, "-c", code], name="engine", **more)
+
+
+def until(holds, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def alive(pid):
+    """A zombie is dead; who reaps it is not this project's business."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def raised(mode, load=LOAD, **engine):
+    """The sentence that a pass ends with."""
+    with Engine(mode, **engine) as served, pytest.raises(RuntimeError) as caught:
+        Client(Endpoint.parse(served.url), load).run_pass()
+    return str(caught.value)
+
+
+# --- the process
+
+
+def test_an_engine_leads_no_group_of_the_worker_and_its_supervisor_leads_its_own(log):
+    server = python("import time; time.sleep(60)")
+    try:
+        assert os.getpgid(server.pid) == server.pid != os.getpgrp()
+        assert until(lambda: psutil.Process(server.pid).children())
+        assert os.getpgid(psutil.Process(server.pid).children()[0].pid) == server.pid
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("code", "end"),
+    [
+        ("import sys; sys.exit(3)", "exit status 3"),
+        ("pass", "exit status 0"),
+        ("import os; os.kill(os.getpid(), 9)", "SIGKILL"),
+        ("import signal; signal.raise_signal(signal.SIGSEGV)", "SIGSEGV"),
+        ("import os; os.kill(os.getpid(), 40)", "signal 40"),
+    ],
+)
+def test_how_an_engine_ended_is_passed_on(log, code, end):
+    server = python(code)
+    assert server.end(10) == end
+    assert server.end() == end
+    server.stop()
+
+
+def test_a_running_engine_has_no_end(log):
+    server = python("import time; print('here', flush=True); time.sleep(60)")
+    assert until(lambda: server.log() == "here\n")
+    assert server.end(0.1) is None
+    server.stop()
+    assert server.end() == "SIGTERM"
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"), [("/nonexistent/engine", "No such file or directory"), ("/etc", "Permission denied")]
+)
+def test_a_program_that_cannot_be_started_is_said_so(log, word, reason):
+    server = start_server([word], name="engine")
+    with pytest.raises(RuntimeError, match=f"^engine cannot be started: {reason}$"):
+        wait_ready("http://127.0.0.1:1", server)
+    server.stop()
+
+
+def test_stopping_kills_what_ignores_sigterm_and_frees_the_port(log, tmp_path):
+    port, note = free_port(), tmp_path / "pids"
+    code = (
+        "import os, signal, socket, subprocess, sys\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"s = socket.create_server(('127.0.0.1', {port}))\n"
+        "c = subprocess.Popen([sys.executable, '-c', 'import signal; signal.signal(15, 1); signal.pause()'])\n"
+        f"open({str(note)!r}, 'w').write(f'{{os.getpid()}} {{c.pid}}')\n"
+        "signal.pause()"
+    )
+    server = python(code)
+    assert until(lambda: note.exists() and len(note.read_text().split()) == 2)
+    server.stop(grace_seconds=0.2)
+    server.stop()
+    assert not any(alive(int(pid)) for pid in note.read_text().split())
+    with socket.create_server(("127.0.0.1", port)):
+        pass
+
+
+def test_what_an_ended_engine_left_running_is_killed_with_its_group(log, tmp_path):
+    note = tmp_path / "pid"
+    code = f"import subprocess\np = subprocess.Popen(['sleep', '60'])\nopen({str(note)!r}, 'w').write(str(p.pid))"
+    server = python(code)
+    assert server.end(10) == "exit status 0"
+    assert until(lambda: not alive(int(note.read_text())))
+    server.stop()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_engine_dies_with_its_worker_however_the_worker_dies(tmp_path, number):
+    note = tmp_path / "pids"
+    engine = (
+        "import os, subprocess, signal, time\n"
+        "signal.signal(15, 1)\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        f"open({str(note)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')\n"
+        "time.sleep(60)"
+    )
+    code = (
+        "import sys, time\n"
+        "from tuner.serving import start_server\n"
+        f"server = start_server([sys.executable, '-c', {engine!r}], name='engine')\n"
+        "print(server.pid, flush=True)\ntime.sleep(60)"
+    )
+    worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    supervisor = int(worker.stdout.readline())
+    assert until(lambda: note.exists() and len(note.read_text().split()) == 2)
+    worker.send_signal(number)
+    worker.wait(10)
+    worker.stdout.close()
+    assert until(lambda: not any(alive(pid) for pid in [supervisor, *map(int, note.read_text().split())]))
+
+
+def test_an_engine_whose_supervisor_is_killed_is_still_stopped(log, tmp_path):
+    note = tmp_path / "pid"
+    server = python(f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)")
+    assert until(lambda: note.exists() and note.read_text())
+    os.kill(server.pid, signal.SIGKILL)
+    assert server.end(5) == "its supervisor was killed"
+    server.stop()
+    assert not alive(int(note.read_text()))
+
+
+def test_an_engine_inherits_neither_pipe_nor_ignored_signals(log):
+    code = (
+        "import os, signal\n"
+        "print(sorted(os.listdir('/proc/self/fd')), signal.getsignal(15) == signal.SIG_DFL, os.read(0, 1))\n"
+    )
+    server = python(code, env={"PYTHONUNBUFFERED": "1"})
+    assert server.end(10) == "exit status 0"
+    # 3 is the folder that is being listed.
+    assert server.log() == "['0', '1', '2', '3'] True b''\n"
+    server.stop()
+
+
+def test_an_engine_runs_in_the_folder_and_with_the_variables_given(log, tmp_path):
+    server = python("import os; print(os.getcwd(), os.environ['OWN'])", env={"OWN": "yes"}, cwd=tmp_path)
+    server.end(10)
+    assert server.log() == f"{tmp_path} yes\n"
+    server.stop()
+
+
+def test_the_supervisor_says_to_nobody_without_failing():
+    reader, writer = os.pipe()
+    os.close(reader)
+    supervise.say(writer, "exit 0")
+    os.close(writer)
+
+
+# --- being ready
+
+
+def test_an_engine_is_ready_once_its_health_is_200(log):
+    port = free_port()
+    server = start_server([sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"], name="engine")
+    try:
+        wait_ready(f"http://127.0.0.1:{port}", server, timeout_seconds=20, path="/")
+        with pytest.raises(RuntimeError, match=r"^engine was not ready after 0\.3 s: GET /health brought HTTP 404; "):
+            wait_ready(f"http://127.0.0.1:{port}", server, timeout_seconds=0.3)
+    finally:
+        server.stop()
+
+
+CAUSES = {
+    "nothing written": ("pass", "exit status 0", "it wrote nothing to its log"),
+    "only chatter": ("print('loading'); print('still loading')", "exit status 0", "still loading"),
+    "a traceback": ("print('hello'); raise ValueError('no such head')", "exit status 1", "ValueError: no such head"),
+    "argparse": (
+        "import argparse; argparse.ArgumentParser('serve').parse_args(['--odd'])",
+        "exit status 2",
+        "error: unrecognized arguments: --odd",
+    ),
+    "memory before all else": (
+        f"print('KeyError: 1'); print({CUDA_OUT_OF_MEMORY!r}); raise SystemExit(1)",
+        "exit status 1",
+        "out of memory: CUDA out of memory. Tried to allocate 50.00 MiB",
+    ),
+    "colours": (r"print('\x1b[31mOSError: red\x1b[0m'); raise SystemExit(4)", "exit status 4", "OSError: red"),
+}
+
+
+@pytest.mark.parametrize(("code", "end", "cause"), CAUSES.values(), ids=CAUSES)
+def test_an_engine_that_ends_while_loading_is_named_with_its_cause(log, code, end, cause):
+    server = python(code, symptoms=MEMORY)
+    with pytest.raises(RuntimeError) as caught:
+        wait_ready("http://127.0.0.1:1", server, timeout_seconds=20)
+    server.stop()
+    assert str(caught.value).startswith(f"engine ended while loading ({end}): {cause}")
+    assert "\n" not in str(caught.value)
+
+
+def test_only_this_engines_part_of_the_log_is_read(log):
+    sys.stderr.flush()
+    os.write(2, b"ValueError: of an earlier engine\n")
+    server = python("raise OSError('mine')")
+    server.end(10)
+    assert server.cause() == "OSError: mine"
+    server.stop()
+
+
+def test_without_a_log_file_the_end_alone_is_told():
+    code = (
+        "from tuner.serving import start_server, wait_ready\n"
+        "s = start_server(['false'], name='engine')\n"
+        "try:\n    wait_ready('http://127.0.0.1:1', s)\n"
+        "except RuntimeError as error:\n    print(error)\n"
+        "s.stop()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "engine ended while loading (exit status 1): it wrote nothing to its log\n"
+
+
+def test_nobody_on_the_port_is_nothing_and_a_stranger_is_no_http(log):
+    server = python("import time; time.sleep(60)")
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        with pytest.raises(RuntimeError, match="GET /health brought nothing; the last line of its log: none"):
+            wait_ready(f"http://127.0.0.1:{port}", server, timeout_seconds=0.2)
+        with Engine() as engine:
+            assert Endpoint.parse(engine.url).get("/health")[0] == 200
+    finally:
+        server.stop()
+
+
+# --- addresses
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://localhost:8000", "http://localhost:8000/v1"),
+        ("http://localhost:8000/", "http://localhost:8000/v1"),
+        ("http://127.0.0.1:8000/v1/", "http://127.0.0.1:8000/v1"),
+        ("https://example.org", "https://example.org:443/v1"),
+        ("http://[::1]:8080/api/v1", "http://[::1]:8080/api/v1"),
+    ],
+)
+def test_an_address_may_be_given_with_or_without_v1(url, shown):
+    assert str(Endpoint.parse(url)) == shown
+
+
+@pytest.mark.parametrize(
+    "url", ["", "localhost:8000", "ftp://localhost", "http://", "http://h:port", "http://h/v1?x=1", "http://h:99999"]
+)
+def test_what_is_no_address_is_refused_with_an_example(url):
+    with pytest.raises(Refused, match=r"expected an address such as http://localhost:8000/v1"):
+        Endpoint.parse(url)
+
+
+def test_a_password_in_an_address_is_refused_and_not_repeated():
+    with pytest.raises(Refused) as refused:
+        Endpoint.parse("http://me:hidden@localhost:8000")
+    assert "hidden" not in str(refused.value)
+    with pytest.raises(Refused) as refused:
+        Endpoint.parse("ftp://me:hidden@localhost:8000")
+    assert "hidden" not in str(refused.value)
+
+
+def test_the_key_is_sent_and_shown_nowhere():
+    with Engine("401") as engine:
+        endpoint = Endpoint.parse(engine.url, key="sk-hidden")
+        with pytest.raises(RuntimeError, match="HTTP 401: Unauthorized; put its key into TUNE_SERVER_KEY") as caught:
+            Client(endpoint, LOAD).run_pass()
+    assert engine.headers[0]["Authorization"] == "Bearer sk-hidden"
+    assert "hidden" not in f"{caught.value}{endpoint}{endpoint!r}"
+
+
+def test_models_lists_what_is_offered_and_says_what_is_no_such_server():
+    with Engine("two-models") as engine:
+        assert models(Endpoint.parse(engine.url)) == ("m", "n")
+    with Engine("no-api") as engine, pytest.raises(RuntimeError, match=r"is not an OpenAI-compatible server: .*<html>"):
+        models(Endpoint.parse(engine.url))
+    with pytest.raises(RuntimeError, match="cannot be reached: Connection refused"):
+        models(Endpoint.parse(engine.url))
+    with Engine() as engine, pytest.raises(RuntimeError, match="brought HTTP 404: Not Found"):
+        models(Endpoint.parse(engine.url.replace("/v1", "/other")))
+
+
+# --- the load
+
+
+def test_a_pass_counts_what_the_server_counted_and_times_every_token():
+    with Engine() as engine:
+        work = Client(Endpoint.parse(engine.url), LOAD).run_pass()
+    assert (work.units, work.prompt_tokens, work.failed_requests) == (24, 32, 0)
+    assert len(work.request_seconds) == len(work.ttft_seconds) == 4
+    assert len(work.itl_seconds) == 4 * 5
+    assert all(0 < first <= whole for first, whole in zip(work.ttft_seconds, work.request_seconds, strict=True))
+    assert (work.prefill_seconds, work.decode_seconds) == (None, None)
+
+
+def test_the_request_asks_for_a_fixed_length_and_its_usage():
+    with Engine() as engine:
+        Client(Endpoint.parse(engine.url), replace(LOAD, prompts=1, fields={"cache_prompt": False})).run_pass()
+    (asked,) = engine.requests
+    assert len(asked.pop("prompt")) == 8
+    asked.pop("at")
+    assert asked == {
+        "path": "/v1/completions",
+        "model": "m",
+        "max_tokens": 6,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": True,
+        "cache_prompt": False,
+    }
+
+
+def prompts_of(passes, load=LOAD):
+    with Engine() as engine:
+        client = Client(Endpoint.parse(engine.url), load)
+        for _ in range(passes):
+            client.run_pass()
+    return {tuple(asked["prompt"]) for asked in engine.requests}
+
+
+def test_no_prompt_is_ever_sent_twice_and_every_trial_sends_the_same_ones():
+    first = prompts_of(3)
+    assert len(first) == 12
+    assert prompts_of(3) == first
+    assert not prompts_of(3, replace(LOAD, seed=1)) & first
+    assert not prompts_of(3, replace(LOAD, salt="launch")) & first
+
+
+def test_a_failed_pass_is_not_sent_again():
+    with Engine("500") as engine:
+        client = Client(Endpoint.parse(engine.url), LOAD)
+        for _ in range(2):
+            with pytest.raises(RuntimeError):
+                client.run_pass()
+    prompts = [tuple(asked["prompt"]) for asked in engine.requests]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_token_ids_come_from_the_range_given():
+    assert {i for prompt in prompts_of(2, replace(LOAD, token_ids=range(7, 11))) for i in prompt} == {7, 8, 9, 10}
+
+
+@pytest.mark.parametrize("concurrency", [1, 3, 8])
+def test_a_closed_loop_keeps_as_many_requests_in_flight_as_it_is_told(concurrency):
+    with Engine(token_seconds=0.01) as engine:
+        Client(Endpoint.parse(engine.url), replace(LOAD, prompts=8, concurrency=concurrency)).run_pass()
+    assert engine.most_in_flight == concurrency
+    assert len(engine.requests) == 8
+
+
+def test_an_open_loop_sends_at_the_moments_drawn_whether_or_not_earlier_ones_are_answered():
+    load = replace(LOAD, prompts=6, request_rate=40.0, concurrency=1)
+    with Engine(token_seconds=0.05) as engine:
+        Client(Endpoint.parse(engine.url), load).run_pass()
+    assert engine.most_in_flight > 1
+    arrived = [asked["at"] - engine.requests[0]["at"] for asked in engine.requests]
+    assert arrived == pytest.approx(load.offsets(0), abs=0.1)
+
+
+def test_gaps_between_requests_are_exponential_with_the_rate_asked_for():
+    offsets = replace(LOAD, prompts=4001, request_rate=5.0).offsets(0)
+    gaps = [b - a for a, b in itertools.pairwise(offsets)]
+    # An exponential distribution's mean and standard deviation are both 1 / rate; 4000 draws are within 5 % of it.
+    assert statistics.fmean(gaps) == pytest.approx(0.2, rel=0.05)
+    assert statistics.stdev(gaps) == pytest.approx(0.2, rel=0.1)
+    assert offsets[0] == 0
+    assert offsets == replace(LOAD, prompts=4001, request_rate=5.0).offsets(0)
+    assert replace(LOAD, prompts=3).offsets(0) == [0, 0, 0]
+
+
+def test_an_open_loops_waiting_counts_from_when_the_request_should_have_left():
+    with Engine(token_seconds=0.02, seats=1) as engine:
+        work = Client(Endpoint.parse(engine.url), replace(LOAD, request_rate=1000.0, timeout_seconds=5)).run_pass()
+    # Four answers of 0.12 s, one after the other: the last one has waited for three.
+    assert max(work.ttft_seconds) > 0.36
+
+
+def test_tokens_that_come_in_one_piece_have_no_gap_between_them():
+    with Engine("pairs", token_seconds=0.02) as engine:
+        work = Client(Endpoint.parse(engine.url), replace(LOAD, prompts=1)).run_pass()
+    assert len(work.itl_seconds) == 5
+    assert sorted(work.itl_seconds)[:3] == [0, 0, 0]
+    assert min(sorted(work.itl_seconds)[3:]) > 0.01
+
+
+def test_prefill_and_decode_are_known_where_the_server_times_them():
+    with Engine("timings") as engine:
+        work = Client(Endpoint.parse(engine.url), LOAD).run_pass()
+    assert work.prefill_seconds == pytest.approx(4 * 0.0125)
+    assert work.decode_seconds == pytest.approx(4 * 0.03)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"token_ids": None}, {"token_ids": None, "chat": True}, {"token_ids": None, "chat": True, "ignore_eos": False}],
+)
+def test_text_and_chats_are_asked_as_such_and_fitted_to_the_length_wanted(changes):
+    with Engine() as engine:
+        client = Client(Endpoint.parse(engine.url), replace(LOAD, prompt_tokens=27, **changes))
+        client.fit_words()
+        work = client.run_pass()
+    # A word is two tokens here, and the chat's template adds seven.
+    assert client.load.words == (10 if "chat" in changes else 14)
+    assert work.prompt_tokens == 4 * (27 if "chat" in changes else 28)
+    assert engine.requests[-1]["path"] == ("/v1/chat/completions" if "chat" in changes else "/v1/completions")
+    assert ("ignore_eos" in engine.requests[-1]) == changes.get("ignore_eos", True)
+    assert len(work.ttft_seconds) == 4
+
+
+def test_trying_once_sends_one_request_that_no_pass_sends_again():
+    with Engine() as engine:
+        client = Client(Endpoint.parse(engine.url), LOAD)
+        client.try_once()
+        client.run_pass()
+    prompts = [tuple(asked["prompt"]) for asked in engine.requests]
+    assert len(prompts) == len(set(prompts)) == 5
+
+
+def test_a_load_takes_its_size_from_the_target():
+    target = Target(prompts=3, prompt_tokens=5, output_tokens=7, request_rate=2.0, seed=9)
+    load = Load.of(target, "m", concurrency=2)
+    sizes = (load.prompts, load.prompt_tokens, load.output_tokens, load.request_rate, load.seed)
+    assert sizes == (3, 5, 7, 2.0, 9)
+
+
+# --- what goes wrong
+
+WRONG = {
+    "500": "answered HTTP 500: EngineCore encountered an issue. See stack trace (above) for the root cause.",
+    "400": "answered HTTP 400: This model's maximum context length is 48 tokens.",
+    "html": "is not an OpenAI-compatible server that streams: POST /v1/completions brought text/html: <html>It works!",
+    "not-streaming": "is not an OpenAI-compatible server that streams: POST /v1/completions brought application/json",
+    "garbage": "is not an OpenAI-compatible server: it streamed hello",
+    "hang": "hangs: not a byte in 0.5 s",
+    "reset": "broke off: Remote end closed connection without response",
+    "cut": "the stream was cut off before [DONE]",
+    "broken-chunk": "the stream was cut off before [DONE]",
+    "error-event": "broke off with an error: EngineCore died",
+    "no-usage": "streams no usage block, so its tokens cannot be counted; expected it to know",
+    "odd-usage": "streams a usage block that cannot be read",
+    "short": "generated 5 tokens for a request instead of 6; it does not heed max_tokens or ignore_eos",
+    "miscounts": "counted 9 prompt tokens instead of 8",
+    "cached": "took 7 of 8 prompt tokens from a cache",
+}
+
+
+@pytest.mark.parametrize(("mode", "told"), WRONG.items(), ids=WRONG)
+def test_what_a_server_does_wrong_is_one_sentence(mode, told):
+    sentence = raised(mode)
+    assert told in sentence
+    assert sentence.startswith("http://127.0.0.1:")
+    assert "\n" not in sentence
+    assert len(sentence) < 400
+
+
+def test_nobody_listening_is_said_so():
+    with Engine() as engine:
+        endpoint = Endpoint.parse(engine.url)
+    with pytest.raises(RuntimeError, match="connection refused; nothing listens at http://127"):
+        Client(endpoint, LOAD).run_pass()
+
+
+def test_a_wrong_model_is_answered_with_those_that_are_offered():
+    told = raised("ok", replace(LOAD, model="gpt"))
+    assert told.endswith("HTTP 404: The model `gpt` does not exist.; the models that it offers are m")
+
+
+def test_a_failed_request_is_counted_where_others_are_answered(capsys):
+    with Engine("every-other") as engine:
+        work = Client(Endpoint.parse(engine.url), LOAD).run_pass()
+    assert (work.failed_requests, work.units, len(work.request_seconds)) == (2, 12, 4)
+    # Said once, where the engine's log is.
+    assert capsys.readouterr().err.count("answered HTTP 500") == 1
+
+
+def test_a_fault_that_every_request_would_meet_ends_the_pass_at_once():
+    with Engine("short") as engine, pytest.raises(RuntimeError):
+        Client(Endpoint.parse(engine.url), replace(LOAD, prompts=64, concurrency=1)).run_pass()
+    assert len(engine.requests) == 1
+
+
+def serving(mode):
+    """An engine in a process of its own."""
+    port = free_port()
+    code = f"from fakes.openai_server import Engine\nimport signal\nwith Engine({mode!r}, port={port}): signal.pause()"
+    server = python(code, env={"PYTHONPATH": str(Path(__file__).parent)}, symptoms=MEMORY)
+    endpoint = Endpoint.parse(f"http://127.0.0.1:{port}")
+    wait_ready(str(endpoint), server, timeout_seconds=20)
+    return server, Client(endpoint, LOAD, server)
+
+
+@pytest.mark.parametrize(
+    ("mode", "told"),
+    [
+        ("killed:2", "engine ended in the middle of a pass (SIGKILL): "),
+        (
+            "out-of-memory:2",
+            "engine ended in the middle of a pass (exit status 1): out of memory: CUDA out of memory. Tried",
+        ),
+    ],
+)
+def test_an_engine_that_ends_in_the_middle_is_named_with_its_cause(log, mode, told):
+    server, client = serving(mode)
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            client.run_pass()
+    finally:
+        server.stop()
+    assert str(caught.value).startswith(told)
+
+
+def test_too_little_memory_is_named_also_where_the_engine_runs_on(log, monkeypatch):
+    monkeypatch.setattr("tuner.serving.LATE_SECONDS", 0.1)
+    server, client = serving("500")
+    try:
+        os.write(2, f"{CUDA_OUT_OF_MEMORY}\n".encode())
+        with pytest.raises(RuntimeError, match=r"^out of memory: CUDA out of memory"):
+            client.run_pass()
+    finally:
+        server.stop()
+
+
+def test_foreign_text_is_cut_to_one_line_without_control_characters():
+    assert cut("a\x1b[31mb\n\n  c\x07") == "a b c"
+    assert cut("x" * 400, 10) == "xxxxxxx..."
+
+
+def test_the_first_pattern_that_occurs_decides_and_a_group_is_what_is_told():
+    log = "one: 1\ntwo: 2 and more\nthree: 3"
+    assert first_line(log, ("none", "three: .*", "one: .*")) == "three: 3"
+    assert first_line(log, (r"two: (\d)",)) == "2"
+    assert first_line(log, ("two",)) == "two: 2 and more"
+    assert first_line(log, ("four",)) is None
+
+
+def test_a_server_is_what_start_server_gives(log):
+    server = python("pass")
+    assert isinstance(server, Server)
+    server.stop()

