@@ -371,8 +371,8 @@ class Endpoint:
         connection = self.connect(timeout_seconds)
         try:
             connection.request("GET", (self.root if below is None else below) + path, headers=self.headers())
-            response = connection.getresponse()
-            return response.status, response.read(1 << 20)
+            with connection.getresponse() as response:
+                return response.status, response.read(1 << 20)
         finally:
             connection.close()
 
@@ -661,16 +661,17 @@ class Client:
         path = f"{self.endpoint.prefix}/{'chat/' if load.chat else ''}completions"
         try:
             connection.request("POST", path, body, {"Content-Type": "application/json", **self.endpoint.headers()})
-            response = connection.getresponse()
-            if response.status != http.HTTPStatus.OK:
-                raise self._refusal(response.status, response.read(1 << 16), load)
-            kind = response.headers.get_content_type()
-            if kind != "text/event-stream":
-                raise RuntimeError(
-                    f"{self._name} is not an OpenAI-compatible server that streams: POST {path} brought {kind}: "
-                    f"{cut(response.read(4096).decode(errors='replace'), 80)}"
-                )
-            return self._read(response, at, load)
+            # The connection gives its socket away to the response, which has to be closed as well.
+            with connection.getresponse() as response:
+                if response.status != http.HTTPStatus.OK:
+                    raise self._refusal(response.status, response.read(1 << 16), load)
+                kind = response.headers.get_content_type()
+                if kind != "text/event-stream":
+                    raise RuntimeError(
+                        f"{self._name} is not an OpenAI-compatible server that streams: POST {path} brought {kind}: "
+                        f"{cut(response.read(4096).decode(errors='replace'), 80)}"
+                    )
+                return self._read(response, at, load)
         except TimeoutError as error:
             raise RequestFailed(f"{self._name} hangs: not a byte in {load.timeout_seconds:g} s") from error
         except ConnectionRefusedError as error:
