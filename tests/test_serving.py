@@ -1,5 +1,6 @@
 """What engines behind HTTP share: real processes that die, and a real server that misbehaves."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -205,6 +206,46 @@ def test_an_engine_runs_in_the_folder_and_with_the_variables_given(log, tmp_path
     server.end(10)
     assert server.log() == f"{tmp_path} yes\n"
     server.stop()
+
+
+@pytest.fixture
+def pipes():
+    """A leash and a status pipe, in a process whose signals are put back afterwards."""
+    handlers = {number: signal.getsignal(number) for number in (*supervise.PASSED_BY, signal.SIGCHLD)}
+    leash_end, leash = os.pipe()
+    status, status_end = os.pipe()
+    yield leash_end, leash, status, status_end
+    signal.set_wakeup_fd(-1)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for descriptor in (leash_end, leash, status, status_end):
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([sys.executable, "-c", "raise SystemExit(3)"], b"exit 3"),
+        ([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], b"signal 9"),
+        (["/nonexistent/engine"], b"failed 2"),
+    ],
+)
+def test_the_supervisor_tells_how_the_engine_ended(pipes, words, told):
+    leash_end, _, status, status_end = pipes
+    supervise.supervise(leash_end, status_end, words)
+    assert os.read(status, 64) == told
+
+
+def test_the_supervisor_returns_when_its_leash_ends(pipes, tmp_path):
+    leash_end, leash, _, status_end = pipes
+    note = tmp_path / "pid"
+    os.close(leash)
+    code = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    supervise.supervise(leash_end, status_end, [sys.executable, "-c", code])
+    assert until(lambda: note.exists() and note.read_text())
+    os.kill(int(note.read_text()), signal.SIGKILL)
+    os.waitpid(int(note.read_text()), 0)
 
 
 def test_the_supervisor_says_to_nobody_without_failing():

@@ -338,7 +338,7 @@ class Endpoint:
             shown = url if parts.password is None else "the address given"
             raise Refused(f"--url {cut(shown, 100)}: expected an address such as http://localhost:8000/v1")
         if parts.username or parts.password:
-            raise Refused("--url: expected no user name or password in it; put a key into OPENAI_API_KEY")
+            raise Refused("--url: expected no user name or password in it; put a key into TUNE_SERVER_KEY")
         tls = parts.scheme == "https"
         return cls(
             tls=tls,
