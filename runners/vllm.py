@@ -941,12 +941,9 @@ def launch(config: Config, target: Target) -> Iterator[VllmServer]:
         *_flags_of(config),
         *_fixed_flags(target, build),
     ]
-    scratch = Path(tempfile.mkdtemp(prefix="tune-vllm-"))
-    # The engine leaves sockets in its temporary folder when it is killed.
-    environment = {**ENVIRONMENT, **_environment(config, target, build), "TMPDIR": str(scratch)}
-    server = None
+    environment = {**ENVIRONMENT, **_environment(config, target, build)}
+    server = start_server(argv, name="vLLM", env=environment, symptoms=SYMPTOMS)
     try:
-        server = start_server(argv, name="vLLM", env=environment, symptoms=SYMPTOMS)
         wait_until_ready(url, server, timeout_seconds=START_SECONDS)
         endpoint = Endpoint.parse(url)
         load = Load.of(
@@ -959,9 +956,7 @@ def launch(config: Config, target: Target) -> Iterator[VllmServer]:
         engine.run_pass()
         yield engine
     finally:
-        if server is not None:
-            server.stop()
-        shutil.rmtree(scratch, ignore_errors=True)
+        server.stop()
 
 
 def _ordinary(model: _Model) -> range:

@@ -1,5 +1,6 @@
 """What engines behind HTTP share: real processes that die, and a real server that misbehaves."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -160,7 +161,7 @@ def test_the_engine_dies_with_its_worker_however_the_worker_dies(tmp_path, numbe
         "import os, subprocess, signal, time\n"
         "signal.signal(15, 1)\n"
         "child = subprocess.Popen(['sleep', '60'])\n"
-        f"open({str(note)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')\n"
+        f"open({str(note)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}} ' + os.environ['TMPDIR'])\n"
         "time.sleep(60)"
     )
     code = (
@@ -171,11 +172,30 @@ def test_the_engine_dies_with_its_worker_however_the_worker_dies(tmp_path, numbe
     )
     worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     supervisor = int(worker.stdout.readline())
-    assert until(lambda: note.exists() and len(note.read_text().split()) == 2)
+    assert until(lambda: note.exists() and len(note.read_text().split()) == 3)
     worker.send_signal(number)
     worker.wait(10)
     worker.stdout.close()
-    assert until(lambda: not any(alive(pid) for pid in [supervisor, *map(int, note.read_text().split())]))
+    assert until(lambda: not any(alive(pid) for pid in [supervisor, *map(int, note.read_text().split()[:2])]))
+    assert not Path(note.read_text().split()[2]).exists()
+
+
+def test_what_an_engine_leaves_has_a_moment_to_tidy_up(log, tmp_path):
+    note = tmp_path / "tidied"
+    # As Python's resource tracker does: ignore SIGTERM, and take shared memory away when the parent is gone.
+    tidier = (
+        "import signal, sys, time\nsignal.signal(15, 1)\nprint(flush=True)\nsys.stdin.read()\n"
+        f"time.sleep(0.2)\nopen({str(note)!r}, 'w').close()"
+    )
+    code = (
+        "import subprocess, sys, time\n"
+        f"p = subprocess.Popen([sys.executable, '-c', {tidier!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
+        "p.stdout.readline()\nprint('up', flush=True)\ntime.sleep(60)"
+    )
+    server = python(code)
+    assert until(lambda: server.log() == "up\n")
+    server.stop()
+    assert note.exists()
 
 
 def test_an_engine_whose_supervisor_is_killed_is_still_stopped(log, tmp_path):
@@ -205,6 +225,43 @@ def test_an_engine_runs_in_the_folder_and_with_the_variables_given(log, tmp_path
     server.end(10)
     assert server.log() == f"{tmp_path} yes\n"
     server.stop()
+
+
+@pytest.fixture
+def pipes():
+    """A leash and a status pipe, in a process whose signals are put back afterwards."""
+    handlers = {number: signal.getsignal(number) for number in (*supervise.PASSED_BY, signal.SIGCHLD)}
+    leash_end, leash = os.pipe()
+    status, status_end = os.pipe()
+    yield leash_end, leash, status, status_end
+    signal.set_wakeup_fd(-1)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for descriptor in (leash_end, leash, status, status_end):
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([sys.executable, "-c", "raise SystemExit(3)"], b"exit 3"),
+        ([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], b"signal 9"),
+        (["/nonexistent/engine"], b"failed 2"),
+    ],
+)
+def test_the_supervisor_tells_how_the_engine_ended(pipes, words, told):
+    leash_end, _, status, status_end = pipes
+    supervise.supervise(leash_end, status_end, words)
+    assert os.read(status, 64) == told
+
+
+def test_the_supervisor_kills_the_engine_when_its_leash_ends(pipes):
+    leash_end, leash, _, status_end = pipes
+    os.close(leash)
+    supervise.supervise(leash_end, status_end, [sys.executable, "-c", "import time; time.sleep(60)"])
+    ((_, ended),) = [os.waitpid(-1, 0)]
+    assert os.waitstatus_to_exitcode(ended) == -signal.SIGKILL
 
 
 def test_the_supervisor_says_to_nobody_without_failing():

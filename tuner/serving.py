@@ -29,20 +29,24 @@ import json
 import os
 import random
 import re
+import select
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tuner.space import Refused
+from tuner.supervise import TIDY_SECONDS, alive
 from tuner.trial import Target, Work
 
 # --- the process -----------------------------------------------------------------------------
@@ -93,6 +97,7 @@ class Server:
         log_start: int | None,
         name: str,
         symptoms: Symptoms,
+        scratch: str,
     ) -> None:
         self.name = name
         self._supervisor = supervisor
@@ -100,6 +105,7 @@ class Server:
         self._status = status
         self._log_start = log_start
         self._symptoms = symptoms
+        self._scratch = scratch
         self._end: str | None = None
         self._stopped = False
 
@@ -112,8 +118,7 @@ class Server:
         """How the engine ended, `exit status 1` or `SIGKILL`; None while it runs."""
         give_up = time.monotonic() + wait_seconds
         while self._end is None:
-            # Not reaped before `stop`: until then nobody else can be given the group's number.
-            if _has_exited(self.pid):
+            if select.select([self._status], [], [], 0)[0]:
                 self._end = _read_end(os.read(self._status, 64))
             elif time.monotonic() >= give_up:
                 return None
@@ -149,18 +154,19 @@ class Server:
             return
         self._stopped = True
         try:
+            # The supervisor is not reaped before: until then nobody else can be given the group's number.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGTERM)
-            self.end(wait_seconds=grace_seconds)
+            if self.end(wait_seconds=grace_seconds) is not None:
+                _until(lambda: _has_exited(self.pid), TIDY_SECONDS + 1)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
-            give_up = time.monotonic() + STOP_SECONDS
-            while _alive(self.pid) and time.monotonic() < give_up:
-                time.sleep(0.005)
+            _until(lambda: not alive(self.pid), STOP_SECONDS)
         finally:
             os.close(self._leash)
             self._supervisor.wait()
             os.close(self._status)
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 def start_server(
@@ -184,12 +190,14 @@ def start_server(
     """
     told = os.fstat(2)
     log_start = told.st_size if stat.S_ISREG(told.st_mode) else None
+    # Engines leave sockets and caches in their temporary folder when they are killed.
+    scratch = tempfile.mkdtemp(prefix="tune-engine-")
     leash_end, leash = os.pipe()
     status, status_end = os.pipe()
     try:
         supervisor = subprocess.Popen(
             [sys.executable, "-I", str(_SUPERVISOR), str(leash_end), str(status_end), *argv],
-            env={**os.environ, **(env or {})},
+            env={**os.environ, "TMPDIR": scratch, **(env or {}), "TUNE_SCRATCH": scratch},
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=2,
@@ -200,11 +208,19 @@ def start_server(
     except BaseException:
         os.close(leash)
         os.close(status)
+        shutil.rmtree(scratch, ignore_errors=True)
         raise
     finally:
         os.close(leash_end)
         os.close(status_end)
-    return Server(supervisor, leash, status, log_start, name, symptoms or Symptoms())
+    return Server(supervisor, leash, status, log_start, name, symptoms or Symptoms(), scratch)
+
+
+def _until(holds: Callable[[], bool], seconds: float) -> None:
+    """Wait until `holds`, at most so long."""
+    give_up = time.monotonic() + seconds
+    while not holds() and time.monotonic() < give_up:
+        time.sleep(0.005)
 
 
 def _read_end(told: bytes) -> str:
@@ -226,18 +242,6 @@ def _signal_name(number: int) -> str:
 def _has_exited(pid: int) -> bool:
     """Whether a child has ended; it stays unreaped."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def _alive(group: int) -> bool:
-    """Whether a process of this group still holds anything. A zombie that nobody reaps holds nothing."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, IndexError, ValueError):
-                # The name, in parentheses, may hold anything; then state, parent and group (proc(5)).
-                state, _, of_group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
-                if int(of_group) == group and state not in "ZX":
-                    return True
-    return False
 
 
 def first_line(log: str, patterns: Sequence[str]) -> str | None:
@@ -338,7 +342,7 @@ class Endpoint:
             shown = url if parts.password is None else "the address given"
             raise Refused(f"--url {cut(shown, 100)}: expected an address such as http://localhost:8000/v1")
         if parts.username or parts.password:
-            raise Refused("--url: expected no user name or password in it; put a key into OPENAI_API_KEY")
+            raise Refused("--url: expected no user name or password in it; put a key into TUNE_SERVER_KEY")
         tls = parts.scheme == "https"
         return cls(
             tls=tls,
@@ -371,8 +375,8 @@ class Endpoint:
         connection = self.connect(timeout_seconds)
         try:
             connection.request("GET", (self.root if below is None else below) + path, headers=self.headers())
-            response = connection.getresponse()
-            return response.status, response.read(1 << 20)
+            with connection.getresponse() as response:
+                return response.status, response.read(1 << 20)
         finally:
             connection.close()
 
@@ -661,16 +665,17 @@ class Client:
         path = f"{self.endpoint.prefix}/{'chat/' if load.chat else ''}completions"
         try:
             connection.request("POST", path, body, {"Content-Type": "application/json", **self.endpoint.headers()})
-            response = connection.getresponse()
-            if response.status != http.HTTPStatus.OK:
-                raise self._refusal(response.status, response.read(1 << 16), load)
-            kind = response.headers.get_content_type()
-            if kind != "text/event-stream":
-                raise RuntimeError(
-                    f"{self._name} is not an OpenAI-compatible server that streams: POST {path} brought {kind}: "
-                    f"{cut(response.read(4096).decode(errors='replace'), 80)}"
-                )
-            return self._read(response, at, load)
+            # The connection gives its socket away to the response, which has to be closed as well.
+            with connection.getresponse() as response:
+                if response.status != http.HTTPStatus.OK:
+                    raise self._refusal(response.status, response.read(1 << 16), load)
+                kind = response.headers.get_content_type()
+                if kind != "text/event-stream":
+                    raise RuntimeError(
+                        f"{self._name} is not an OpenAI-compatible server that streams: POST {path} brought {kind}: "
+                        f"{cut(response.read(4096).decode(errors='replace'), 80)}"
+                    )
+                return self._read(response, at, load)
         except TimeoutError as error:
             raise RequestFailed(f"{self._name} hangs: not a byte in {load.timeout_seconds:g} s") from error
         except ConnectionRefusedError as error:

@@ -3,7 +3,8 @@
 Run as `python -I supervise.py LEASH STATUS WORD...`. It leads a process group, runs WORD... inside it, and reads
 LEASH, a pipe whose other end the worker alone holds. At end of file the worker is gone, however it died, and the
 whole group is killed. When the engine ends first, how it ended is written to STATUS (`exit 3`, `signal 9`, or
-`failed 2`, an errno, where it could not be started), and what is left of the group is killed.
+`failed 2`, an errno, where it could not be started); what is left of the group has a moment to tidy up and is killed.
+The folder that TUNE_SCRATCH names, the engine's temporary files, goes last.
 
 It is a program of its own because the worker may be dead, hung or busy by then, and it imports nothing but what it
 needs because it lives as long as the engine. Signals meant for the group pass it by: it must outlive them to say
@@ -17,8 +18,13 @@ import os
 import select
 import signal
 import sys
+import time
 
 PASSED_BY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+TIDY_SECONDS = 2.0
+"""For what an engine leaves running: Python's resource tracker takes shared memory away once its parent is gone."""
 
 
 def supervise(leash: int, status: int, words: list[str]) -> None:
@@ -42,6 +48,7 @@ def supervise(leash: int, status: int, words: list[str]) -> None:
     while True:
         ready, _, _ = select.select([leash, woken], [], [])
         if leash in ready and not os.read(leash, 1):
+            os.kill(engine, signal.SIGKILL)
             return
         if woken in ready:
             os.read(woken, 512)
@@ -49,7 +56,22 @@ def supervise(leash: int, status: int, words: list[str]) -> None:
             if pid:
                 code = os.waitstatus_to_exitcode(ended)
                 say(status, f"signal {-code}" if code < 0 else f"exit {code}")
+                give_up = time.monotonic() + TIDY_SECONDS
+                while alive(os.getpgrp(), but=os.getpid()) and time.monotonic() < give_up:
+                    time.sleep(0.02)
                 return
+
+
+def alive(group: int, but: int = 0) -> bool:
+    """Whether a process of this group, beside `but`, still holds anything. A zombie that nobody reaps holds nothing."""
+    for entry in os.listdir("/proc"):  # noqa: PTH208 - pathlib would double what this process imports
+        if entry.isdigit() and int(entry) != but:
+            with contextlib.suppress(OSError, IndexError, ValueError), open(f"/proc/{entry}/stat") as stat:  # noqa: PTH123 - as above
+                # The name, in parentheses, may hold anything; then state, parent and group (proc(5)).
+                state, _, of_group = stat.read().rpartition(")")[2].split()[:3]
+                if int(of_group) == group and state not in "ZX":
+                    return True
+    return False
 
 
 def say(status: int, words: str) -> None:
@@ -62,6 +84,10 @@ if __name__ == "__main__":
     try:
         supervise(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
     finally:
+        if scratch := os.environ.get("TUNE_SCRATCH"):
+            import shutil  # the supervisor stays small while the engine runs
+
+            shutil.rmtree(scratch, ignore_errors=True)
         # Its own group and no other: it leads one, so that 0 cannot mean the worker's.
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGKILL)
