@@ -1203,7 +1203,7 @@ def _statements(config: Mapping[str, Value], target: Target) -> tuple[list[str],
     dtype = f"torch.{_dtype(config, model)}"
     how = [f"dtype={dtype}", f"attn_implementation={config['attention']!r}"]
     names = ["AutoModelForCausalLM", "GenerationConfig"]
-    imports = ["import sys", "import torch"]
+    imports = ["import torch"] if model.random else ["import sys", "import torch"]
     if quantization.startswith("bnb"):
         names.append("BitsAndBytesConfig")
         bits = (
@@ -1300,9 +1300,10 @@ def service(config: Config, target: Target) -> Service:
     """A script for good, and the same as a command."""
     imports, body = _statements(config, target)
     model = _model(target)
+    reads = "random prompts, with random weights" if model.random else "the prompts on standard input, one a line"
     python = "\n".join(
         [
-            '"""Generates with the setting that was found: a prompt on each line of standard input."""',
+            f'"""Generates for {reads}."""',
             "",
             *imports,
             "",
