@@ -22,9 +22,9 @@ from typing import NoReturn
 
 import msgspec
 
-from tuner.files import load_runner
+from tuner.files import load_runner, unit_of
 from tuner.journal import Plan
-from tuner.measure import Clocks, difference, idle_watts, measure, settling_seconds, warm_up
+from tuner.measure import Clocks, difference, expected_units, idle_watts, measure, settling_seconds, warm_up
 from tuner.meters import MeterOptions, open_meter
 from tuner.space import Config, Lever, Refused, Value
 from tuner.telemetry import Sampler
@@ -96,6 +96,7 @@ class Found:
 def run(job: Job, report: Phases, found: Found) -> None:
     """Launch the engine once and measure it."""
     runner = load_runner(Path(job.runner))
+    unit = unit_of(runner, job.target)
     with (
         contextlib.closing(open_meter(job.meters, MeterOptions.from_record(job.meter_options))) as opened,
         contextlib.closing(Sampler(job.meters)) as sampler,
@@ -139,7 +140,8 @@ def run(job: Job, report: Phases, found: Found) -> None:
                 clocks,
                 report,
                 sampler=sampler,
-                expected_units=job.target.prompts * job.target.output_tokens,
+                expected_units=expected_units(job.target, unit),
+                unit=unit,
                 least_watts=job.idle_watts if machine_watts is None else machine_watts,
             ):
                 found.windows.append(window)
