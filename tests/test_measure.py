@@ -13,6 +13,7 @@ from tuner.measure import (
     agree,
     crowded,
     difference,
+    expected_units,
     idle_watts,
     implausible,
     measure,
@@ -22,7 +23,7 @@ from tuner.measure import (
     warm_up,
 )
 from tuner.telemetry import Begun, Sampler
-from tuner.trial import Energy, MeterError, Reading, Span, Telemetry, Work
+from tuner.trial import Energy, MeterError, Reading, Span, Target, Telemetry, Work
 
 
 class Clock:
@@ -391,6 +392,20 @@ def test_a_pass_must_bring_the_tokens_that_were_asked_for(units, unit, expected,
     assert window.valid == valid
     if not valid:
         assert window.invalid == (f"a pass brought {units} tokens, 1000 were asked for (prompts x output tokens)",)
+
+
+@pytest.mark.parametrize(("made", "valid"), [(4, True), (3, False), (5, False)])
+def test_a_pass_must_make_the_images_that_were_asked_for(made, valid):
+    clock = Clock()
+    plan = Plan(windows=1, window_seconds=2, retries=0)
+    engine = Engine(clock, units=made, unit="image")
+    (window,) = run(Burner(clock), plan, clock=clock, engine=engine, expected_units=4, unit="image")
+    assert window.invalid == (() if valid else (f"a pass brought {made} images, 4 were asked for",))
+
+
+@pytest.mark.parametrize(("unit", "expected"), [("token", 6), ("image", 3), ("epoch", None)])
+def test_a_pass_is_asked_for_output_tokens_of_each_prompt_or_for_one_image_of_each(unit, expected):
+    assert expected_units(Target(prompts=3, output_tokens=2), unit) == expected
 
 
 @pytest.mark.parametrize(("most", "valid"), [(0.5, False), (0.74, False), (0.76, True), (1.0, True)])

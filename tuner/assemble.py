@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from tuner import machine
 from tuner.checks import COUNTER_PERIODS, PERIODS_IN_A_WINDOW, SAMPLED_WINDOW_SECONDS
-from tuner.files import find, load_runner, shipped
+from tuner.files import find, load_runner, shipped, unit_of
 from tuner.journal import NAME as JOURNAL
 from tuner.journal import Header, Plan, Segment, Study
 from tuner.limits import Limit, parse_limits
@@ -27,6 +27,7 @@ from tuner.proposers.llm import Keep, Llm, Lose, View, forget, nobody, read_temp
 from tuner.proposers.review import forbidden
 from tuner.space import Refused, SearchSpace, excerpt, show
 from tuner.study import Threshold
+from tuner.summary import load_text
 from tuner.trial import (
     Chat,
     ChatError,
@@ -41,6 +42,7 @@ from tuner.trial import (
     Runner,
     Target,
     Trial,
+    Unit,
     Work,
 )
 
@@ -66,6 +68,8 @@ class Bench:
     machine: Mapping[str, str]
     identity: Mapping[str, str]
     limits: tuple[Limit, ...] = ()
+    unit: Unit = "token"
+    """What the engine puts out and energy is divided by."""
     notes: tuple[str, ...] = ()
     """What was decided on the way and a person should read."""
 
@@ -111,6 +115,7 @@ def prepare(
             space=tuple(bench.space.record()),
             machine=bench.machine,
             identity=bench.identity,
+            unit=bench.unit,
         ),
         bench,
     )
@@ -208,6 +213,7 @@ def _bench(header: Header, meters: MeterChoice, say: Say, *, search: bool = True
         machine={**machine.describe(), **_boards(meters), **_scopes(meters)},
         identity=asked(path, "identity", lambda: runner.identity(header.target)),
         limits=parse_limits(header.limits, metrics_of(path, runner, header.target)),
+        unit=asked(path, "unit", lambda: unit_of(runner, header.target)),
         notes=tuple(notes),
     )
 
@@ -459,21 +465,29 @@ def limits_told(limits: Sequence[str]) -> dict[str, str]:
 
 def view_of(header: Header, bench: Bench) -> View:
     """What a template may see of this study."""
-    load = header.target
     return View(
         machine={k: v for k, v in bench.machine.items() if k not in PRIVATE},
         workload={
             "engine": " ".join(filter(None, (bench.identity.get("engine"), bench.identity.get("engine_version")))),
             "model": bench.identity.get("model", ""),
-            "load": own_load(bench, load)
-            or f"{load.prompts} requests sent at once, {load.prompt_tokens} prompt tokens and"
-            f" {load.output_tokens} output tokens each",
+            "load": own_load(bench, header.target) or _load_of(header.target, bench.unit),
             "quality": bench.meters.quality,
             **limits_told(header.limits),
         },
+        unit=bench.unit,
         threshold=Threshold.parse(header.threshold).joules_per_unit if header.threshold else lambda _history: None,
         trials=header.trials,
     )
+
+
+def _load_of(load: Target, unit: Unit) -> str:
+    if unit == "token":
+        return (
+            f"{load.prompts} requests sent at once, {load.prompt_tokens} prompt tokens and"
+            f" {load.output_tokens} output tokens each"
+        )
+    text = load_text(load, unit)
+    return f"{text}, each from a prompt and a seed of its own, the same in every trial" if unit == "image" else text
 
 
 class _NoChat:

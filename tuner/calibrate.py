@@ -925,6 +925,7 @@ def _conditions(c: Calibration) -> dict[tuple[str, str], str]:
         "--prompts": c.target.prompts,
         "--prompt-tokens": c.target.prompt_tokens,
         "--output-tokens": c.target.output_tokens,
+        "--pixels": c.target.pixels,
         "--seed": c.target.seed,
         "--size": c.target.size,
         "--model": c.target.model,

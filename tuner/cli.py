@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="tune",
-    help="Find the runtime setting with the least energy per token.",
+    help="Find the runtime setting with the least energy per token, or per image.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -143,7 +143,13 @@ Limits = Annotated[
     ),
 ]
 Prompts = Annotated[
-    int, typer.Option(min=1, max=100_000, help="Requests in one pass of the load.", rich_help_panel=LOAD)
+    int,
+    typer.Option(
+        min=1,
+        max=100_000,
+        help="Requests in one pass of the load; images, where images are made.",
+        rich_help_panel=LOAD,
+    ),
 ]
 PromptTokens = Annotated[int, typer.Option(min=1, max=10_000_000, help="Tokens of each prompt.", rich_help_panel=LOAD)]
 OutputTokens = Annotated[
@@ -322,7 +328,9 @@ def run(
     allow_power_control: AllowPowerControl = False,
     threshold: Annotated[
         str | None,
-        typer.Option(help="Stop at this energy: `0.8x` of the default's, or `0.45J` per token.", rich_help_panel=STOP),
+        typer.Option(
+            help="Stop at this energy: `0.8x` of the default's, or `0.45J` per token or image.", rich_help_panel=STOP
+        ),
     ] = None,
     trials: Annotated[
         int | None,

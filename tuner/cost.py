@@ -326,7 +326,7 @@ def assess(study: Study, saving: Saving | None, options: CostOptions) -> Assessm
     windows = [m for t in launches if t.segment == study.segment for m in t.measurements]
     return Assessment(
         study=str(study.folder),
-        unit=next((unit(t) for t in launches if t.measurements), "token"),
+        unit=next((unit(t) for t in launches if t.measurements), study.header.unit),
         options=options,
         default=default,
         best=best,

@@ -64,7 +64,7 @@ from tuner.summary import (
     unit,
     where_energy_goes,
 )
-from tuner.trial import Action, Decision, History, Message, Proposal, Repeat, Trial
+from tuner.trial import Action, Decision, History, Message, Proposal, Repeat, Trial, Unit
 
 if TYPE_CHECKING:
     from tuner.convergence import Analysis, Cell, Target
@@ -181,6 +181,7 @@ class Screen:
         self._live: Live | None = None
         self._running: _Running | None = None
         self._heading: str | None = None
+        self._unit: Unit = "token"
         """The quality that the trial lines' heading names; None before the heading is printed."""
         self._counted: tuple[int, int, float | None] | None = None
         """Runs of a comparison that are done, of how many, and the seconds that are left."""
@@ -233,9 +234,15 @@ class Screen:
     # --- while it runs ---
 
     def study_started(
-        self, name: str, trials_planned: int | None, threshold: Limit | None, history: History | None = None
+        self,
+        name: str,
+        trials_planned: int | None,
+        threshold: Limit | None,
+        history: History | None = None,
+        unit: Unit = "token",
     ) -> None:
-        """Begin the live view. `history` holds what a resumed study already has."""
+        """Begin the live view. `history` holds what a resumed study already has; energy is divided by `unit`."""
+        self._unit = unit
         past = history or History()
         self._running = _Running(name, trials_planned, threshold, past, self._clock(), len(past))
         self._running.phase_started = self._clock()
@@ -418,7 +425,7 @@ class Screen:
         if self._heading is None:
             self._heading = quality_text(trial)
             label = f", {self._heading}" if self._heading else ""
-            head = ("#", "proposed by", "changes from the default", f"J/{unit(trial)}{label}", "ratio")
+            head = ("#", "proposed by", "changes from the default", f"J/{self._unit_of(trial)}{label}", "ratio")
             self._stderr.print(self._row([Text(h, "dim") for h in head]))
         number, source = self._text(str(trial.number)), self._text(source_text(trial))
         changes = self._changes(_changes(trial, history))
@@ -435,6 +442,10 @@ class Screen:
         if quality_text(trial) != self._heading:
             energy.append(f" {quality_text(trial) or 'measured'}")
         self._stderr.print(self._row([number, source, changes, energy, self._ratio(trial, history, self._stderr)]))
+
+    def _unit_of(self, trial: Trial) -> Unit:
+        """What its energy is divided by; of a trial that nothing was measured of, what the study says."""
+        return unit(trial) if trial.measurements else self._unit
 
     def _changes(self, text: str) -> _Changes:
         return _Changes(tuple(self._text(change) for change in (text or "(the default)").split(", ")))
@@ -655,7 +666,7 @@ class Screen:
         facts.add_column(overflow="fold")
         if proposal.reason:
             facts.add_row("reason", self._text(proposal.reason))
-        facts.add_row("predicted", self._text(_prediction(history, proposal)))
+        facts.add_row("predicted", self._text(_prediction(history, proposal, self._unit)))
         if best:
             facts.add_row("best so far", self._text(energy_text(best, noise(history))))
         facts.add_row("costs", self._text(f"about {seconds_text(trial_seconds)}" if trial_seconds else "not known yet"))
@@ -765,6 +776,7 @@ class Screen:
     def report(self, study: Study, verdict: str | None = None, costs: Sequence[tuple[str, str]] = ()) -> None:
         """A whole study as a table, with what is to be doubted, and what its confirmation showed."""
         header, history = study.header, study.history
+        self._unit = header.unit
         self._facts(
             [
                 ("study", str(study.folder)),
@@ -823,7 +835,7 @@ class Screen:
         """Every trial in the order it ran. `space_record` is the space as the journal keeps it."""
         default: Config = {str(p["name"]): value for p in space_record if isinstance(value := p.get("default"), Value)}
         label = next((quality_text(t) for t in history.measured), "")
-        measured_unit = next((unit(t) for t in history.measured), "token")
+        measured_unit = next((unit(t) for t in history.measured), self._unit)
         headings = (
             "#",
             "proposed by",
@@ -1100,7 +1112,7 @@ def _assignments(space: SearchSpace, line: str) -> Config:
     return found
 
 
-def _prediction(history: History, proposal: Proposal) -> str:
+def _prediction(history: History, proposal: Proposal, usual: Unit) -> str:
     predicted, default = proposal.predicted_joules_per_unit, history.default
     if predicted is None:
         return "none was given"
@@ -1109,7 +1121,7 @@ def _prediction(history: History, proposal: Proposal) -> str:
         if default and default.joules_per_unit
         else ""
     )
-    return f"{joules_text(predicted)}/{unit(default) if default else 'token'}{beside}"
+    return f"{joules_text(predicted)}/{unit(default) if default else usual}{beside}"
 
 
 def _changes(trial: Trial, history: History) -> str:

@@ -15,10 +15,10 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from tuner.space import Refused, closest, excerpt
-from tuner.trial import Runner
+from tuner.trial import Runner, Target, Unit
 
 Kind = Literal["prompts", "runners", "recorded"]
 
@@ -89,6 +89,18 @@ def load_runner(path: Path) -> Runner:
         del sys.modules[name]
         raise Refused(f"{path}: the runner does not load ({type(error).__name__}: {error})") from error
     return _as_runner(module, path)
+
+
+def unit_of(runner: Runner, target: Target) -> Unit:
+    """What the runner's engine puts out and energy is divided by: what its `unit(target)` says, or tokens."""
+    say = getattr(runner, "unit", None)
+    if say is None:
+        return "token"
+    said = say(target)
+    for unit in get_args(Unit):
+        if said == unit:
+            return cast("Unit", unit)
+    raise Refused(f"the runner's unit() says {excerpt(said)}: expected {', '.join(get_args(Unit))}")
 
 
 def _as_runner(module: ModuleType, path: Path) -> Runner:

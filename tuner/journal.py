@@ -24,7 +24,7 @@ from typing import Literal, Self
 import msgspec
 
 from tuner.space import Refused, Value
-from tuner.trial import Decision, History, Lost, Noise, Proposal, Repeat, Target, Trial
+from tuner.trial import Decision, History, Lost, Noise, Proposal, Repeat, Target, Trial, Unit
 
 StopKind = Literal["goal", "budget", "failures", "person", "exhausted", "chat"]
 
@@ -107,6 +107,8 @@ class Header:
     machine: Mapping[str, str] = field(default_factory=dict)
     identity: Mapping[str, str] = field(default_factory=dict)
     """Engine, version and model, as the runner names them."""
+    unit: Unit = "token"
+    """What energy is divided by, as the runner says."""
     tune_version: str = ""
     started_unix: float = 0.0
 

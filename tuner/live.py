@@ -24,7 +24,7 @@ from tuner.runs import Problem, Run, Step
 from tuner.session import Session
 from tuner.space import Refused, excerpt
 from tuner.study import resumed
-from tuner.summary import exchanges, usage
+from tuner.summary import exchanges, load_text, usage
 from tuner.trial import Chat, ChatError, Trial
 
 STUDIES = "studies"
@@ -256,6 +256,7 @@ def _ground(study: Study) -> Mapping[str, object]:
         "load prompts": load.prompts,
         "load prompt tokens": load.prompt_tokens,
         "load output tokens": load.output_tokens,
+        "load pixels": load.pixels,
         "search space": [[p["name"], p["range"], p["default"]] for p in header.space],
     }
 
@@ -268,14 +269,14 @@ def _problem(study: Study, kind: str) -> Problem:
     return Problem(
         name=name,
         kind="workload" if kind == "workload" else "study",
-        unit=measured.valid[0].work.unit if measured else "token",
+        unit=measured.valid[0].work.unit if measured else header.unit,
         objective="joules per unit",
         parameters=tuple(str(p["name"]) for p in header.space),
         facts={
             "hardware": header.machine.get("gpus") or header.machine.get("cpu", ""),
             "model": header.identity.get("model", ""),
             "engine": " ".join(filter(None, (header.identity.get("engine"), header.identity.get("engine_version")))),
-            "task": f"{load.prompts} requests x ({load.prompt_tokens} prompt + {load.output_tokens} output) tokens",
+            "task": load_text(load, header.unit),
             "machine": ", ".join(f"{k} {v}" for k, v in header.machine.items() if k != "host"),
             "meter": header.meter_sentence.removeprefix("meter: "),
         },

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from tuner.journal import Plan
 from tuner.limits import QUANTILES
 from tuner.telemetry import Sampler
-from tuner.trial import Energy, Engine, Measurement, Meter, MeterError, Reading, Telemetry, WarmUp, Work
+from tuner.trial import Energy, Engine, Measurement, Meter, MeterError, Reading, Target, Telemetry, Unit, WarmUp, Work
 
 LARGEST_WATTS = 20_000.0
 """No single domain draws more: the largest accelerator modules are below 2 kW (2026), a node below 15 kW."""
@@ -56,7 +56,7 @@ MOST_SETTLING_SECONDS = 5.0
 """How long clocks and power are left to fall after the load has ended, before idle power is measured."""
 
 UNITS_TOLERANCE = 0.005
-"""How far a pass may be from the tokens it was asked for."""
+"""How far a pass may be from the tokens or images it was asked for."""
 
 TICK_SECONDS = 0.05
 """Error of the kernel's CPU time: five kinds of it, each in ticks of 10 ms (`CLK_TCK`, proc(5))."""
@@ -171,6 +171,7 @@ def measure(
     *,
     sampler: Sampler | None = None,
     expected_units: int | None = None,
+    unit: Unit = "token",
     least_watts: float | None = None,
 ) -> Iterator[Measurement]:
     """Measure `plan.windows` valid windows of a warm engine.
@@ -182,7 +183,8 @@ def measure(
         clocks: time sources.
         report: told before each window what comes, for the live view.
         sampler: what watches the hardware meanwhile; None for a machine that nothing is known of.
-        expected_units: tokens that every pass was asked for; None where the engine decides.
+        expected_units: units that every pass was asked for; None where the engine decides.
+        unit: of those; a pass that counts in another one is not compared with them.
         least_watts: what the idle machine drew on this meter; None when it was not measured.
 
     Yields:
@@ -195,7 +197,7 @@ def measure(
     valid, repeats = 0, 0
     while valid < plan.windows:
         report(f"measuring {valid + 1}/{plan.windows}")
-        window = _window(engine, meter, plan, clocks, sampler, expected_units, least_watts)
+        window = _window(engine, meter, plan, clocks, sampler, (expected_units, unit), least_watts)
         yield window
         if window.valid:
             valid += 1
@@ -211,7 +213,7 @@ def _window(
     plan: Plan,
     clocks: Clocks,
     sampler: Sampler | None,
-    expected_units: int | None,
+    expected: tuple[int | None, Unit],
     least_watts: float | None,
 ) -> Measurement:
     works: list[Work] = []
@@ -224,7 +226,7 @@ def _window(
                 return
 
     stretch = _stretch(meter, plan, clocks, sampler, load, least_watts)
-    faults = [*stretch.faults, *unfinished(works, expected_units)]
+    faults = [*stretch.faults, *unfinished(works, *expected)]
     work = together(works)
     return Measurement(
         # Every gap between two tokens would be most of the journal; its quantiles are in the metrics.
@@ -272,10 +274,18 @@ def _pass(engine: Engine) -> Work:
     return work
 
 
-def unfinished(works: Sequence[Work], expected_units: int | None) -> list[str]:
+_ASKED: Mapping[Unit, str] = {"token": " (prompts x output tokens)"}
+
+
+def expected_units(target: Target, unit: Unit) -> int | None:
+    """Units that a pass of this load brings; None where only the workload itself knows."""
+    return {"token": target.prompts * target.output_tokens, "image": target.prompts}.get(unit)
+
+
+def unfinished(works: Sequence[Work], expected_units: int | None, unit: Unit = "token") -> list[str]:
     """Why the engine did not do what it was asked to; empty when it did.
 
-    A configuration that emits fewer tokens, or loses requests, must not win by doing less.
+    A configuration that emits fewer tokens, makes fewer images, or loses requests, must not win by doing less.
     """
     faults = []
     failed, requests = sum(w.failed_requests for w in works), sum(len(w.request_seconds) for w in works)
@@ -283,12 +293,10 @@ def unfinished(works: Sequence[Work], expected_units: int | None) -> list[str]:
         of = f" of {requests}" if requests >= failed else ""
         faults.append(f"{failed}{of} requests brought no answer; the engine's log says why")
     for work in works:
-        if expected_units is None or work.unit != "token" or work.failed_requests:
+        if expected_units is None or work.unit != unit or work.failed_requests:
             continue
         if abs(work.units - expected_units) > UNITS_TOLERANCE * expected_units:
-            faults.append(
-                f"a pass brought {work.units} tokens, {expected_units} were asked for (prompts x output tokens)"
-            )
+            faults.append(f"a pass brought {work.units} {unit}s, {expected_units} were asked for{_ASKED.get(unit, '')}")
             break
     return faults
 

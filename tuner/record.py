@@ -40,6 +40,7 @@ from tuner.proposers import open_classical
 from tuner.replay import FORMAT, Metadata, Table, Tunable
 from tuner.space import Choice, Config, Int, Parameter, Refused, SearchSpace, Value, excerpt, show
 from tuner.study import resumed, run_study
+from tuner.summary import load_text
 from tuner.trial import Decision, History, Proposal, Quality, Trial, Unit
 
 TABLES = Path("results/recorded")
@@ -366,7 +367,7 @@ class _Names:
 def write(study: Study, space: SearchSpace, launches: Sequence[tuple[int, Config]], tables: Path) -> Path:
     """The table of a finished recording. It appears whole or not at all, and is read back before it is called one."""
     trials = study.history.trials
-    unit: Unit = next((m.work.unit for t in trials for m in t.valid), "token")
+    unit: Unit = next((m.work.unit for t in trials for m in t.valid), study.header.unit)
     columns = _Names(unit)
     tuned = [p for p in space.parameters if p.size > 1]
     names = [p.name for p in tuned]
@@ -433,7 +434,7 @@ def _about(study: Study, space: SearchSpace, launches: Sequence[tuple[int, Confi
     fixed = {p.name: p.default for p in space.parameters if p.size == 1}
     notes = [
         header.meter_sentence.rstrip("."),
-        f"load: {load.prompts} requests x ({load.prompt_tokens} prompt + {load.output_tokens} output) tokens",
+        f"load: {load_text(load, columns.unit)}",
         f"{header.plan.launches} launches of each configuration, in fresh processes",
         *([f"fixed: {', '.join(f'{n}={show(v)}' for n, v in fixed.items())}"] if fixed else []),
         "machine: " + ", ".join(f"{key} {value}" for key, value in facts.items()),
@@ -455,7 +456,9 @@ def _about(study: Study, space: SearchSpace, launches: Sequence[tuple[int, Confi
         hardware=" + ".join([*boards, facts.get("cpu", "")]).strip(" +") or "unknown",
         model=header.identity.get("model", ""),
         engine=" ".join(filter(None, (header.identity.get("engine"), header.identity.get("engine_version")))),
-        task=f"{load.prompt_tokens} prompt and {load.output_tokens} output tokens",
+        task=f"{load.prompt_tokens} prompt and {load.output_tokens} output tokens"
+        if columns.unit == "token"
+        else load_text(load, columns.unit),
         kind="inference",
         source=f"tune {__version__} record --sample {header.proposer}",
         revision=time.strftime("%Y-%m-%d", time.gmtime(header.started_unix)),

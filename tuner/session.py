@@ -32,7 +32,7 @@ from tuner.proposers.review import Review
 from tuner.repeats import Due, drifts, due
 from tuner.space import Config, SearchSpace
 from tuner.study import Again, Threshold, at_most, run_study, stopped_by_person, three_failures, within
-from tuner.summary import changes_text, seconds_of_next, seconds_text, typical_trial_seconds, usage
+from tuner.summary import changes_text, load_text, seconds_of_next, seconds_text, typical_trial_seconds, usage
 from tuner.trial import Chat, ChatError, Decision, Goal, History, Proposal, Proposer, Repeat, Trial
 
 GPU_IDLE_SECONDS = 10.0
@@ -93,7 +93,9 @@ class Session:
         """Nothing but the confirmation of what a study found, and what it showed."""
         study, pairs = self.journal.study, self.header.confirm_pairs
         best = study.history.best
-        self.screen.study_started(self.journal.folder.name, None, self._threshold(), replace(study.history, trials=()))
+        self.screen.study_started(
+            self.journal.folder.name, None, self._threshold(), replace(study.history, trials=()), self.header.unit
+        )
         if best is not None:
             made = len(pairs_of(study, best.config, pairs))
             changes = changes_text(best.config, self.bench.space.default(), best.config)
@@ -122,13 +124,12 @@ class Session:
 
     def _introduce(self) -> None:
         header, bench = self.header, self.bench
-        load = header.target
         proposer = f"{header.llm}, template {header.template}" if header.llm else header.proposer
         rows = [
             ("workload", f"{header.workload} ({bench.runner_path})"),
             ("engine", f"{bench.identity.get('engine', '')} {bench.identity.get('engine_version', '')}".strip()),
             ("model", self._model()),
-            ("load", f"{load.prompts} requests x ({load.prompt_tokens} prompt + {load.output_tokens} output) tokens"),
+            ("load", load_text(header.target, bench.unit)),
             ("meter", bench.meters.sentence.removeprefix("meter: ")),
             ("proposer", proposer if header.llm else f"{proposer} (no LLM)"),
             ("goal", self._goal_text()),
@@ -139,7 +140,11 @@ class Session:
         for note in bench.notes:
             self.screen.say(note)
         self.screen.study_started(
-            self.journal.folder.name, self.header.trials, self._threshold(), self.journal.study.history
+            self.journal.folder.name,
+            self.header.trials,
+            self._threshold(),
+            self.journal.study.history,
+            self.header.unit,
         )
 
     def _model(self) -> str:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from tuner.intervals import CONFIDENCE, student_t, t_interval
 from tuner.limits import QUALITY_LOSS
 from tuner.space import SearchSpace, Value, show
-from tuner.trial import Exchange, History, Idle, Noise, Trial, Unit
+from tuner.trial import Exchange, History, Idle, Noise, Target, Trial, Unit
 
 ASSUMED = Noise(sigma=0.02, degrees=0, source="assumed")
 """What stands in until launches have been repeated or calibrated.
@@ -589,6 +589,16 @@ def launch_text(trial: Trial) -> str:
 def unit(trial: Trial) -> Unit:
     """What the trial's energy is divided by."""
     return trial.measurements[0].work.unit if trial.measurements else "token"
+
+
+def load_text(target: Target, unit: Unit) -> str:
+    """What one pass of the load is: `8 requests x (96 prompt + 32 output) tokens`, `4 images of 512 x 512 pixels`."""
+    if unit == "image":
+        images = "1 image" if target.prompts == 1 else f"{target.prompts} images"
+        return f"{images} of {target.pixels} x {target.pixels} pixels"
+    if unit == "token":
+        return f"{target.prompts} requests x ({target.prompt_tokens} prompt + {target.output_tokens} output) tokens"
+    return f"{unit}s, as many as the workload says"
 
 
 def seconds_text(seconds: float | None) -> str:

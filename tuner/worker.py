@@ -25,7 +25,7 @@ from typing import NoReturn
 
 import msgspec
 
-from tuner.files import load_runner
+from tuner.files import load_runner, unit_of
 from tuner.journal import Plan
 from tuner.measure import Clocks, difference, idle_watts, measure, settling_seconds, warm_up
 from tuner.meters import MeterOptions, open_meter
@@ -44,6 +44,7 @@ from tuner.trial import (
     Quality,
     Reading,
     Target,
+    Unit,
     WarmUp,
 )
 
@@ -152,6 +153,7 @@ def run(desk: Desk, report: Phases) -> None:
     """Launch the engine once and measure it, again after each change that needs no other launch."""
     job = desk.job
     runner = load_runner(Path(job.runner))
+    unit = unit_of(runner, job.target)
     with (
         contextlib.closing(open_meter(job.meters, MeterOptions.from_record(job.meter_options))) as opened,
         contextlib.closing(Sampler(job.meters)) as sampler,
@@ -191,7 +193,7 @@ def run(desk: Desk, report: Phases) -> None:
                         quality=meter.quality,
                     )
             least_watts = job.idle_watts if machine_watts is None else machine_watts
-            windows(desk, engine, meter, clocks, report, sampler, least_watts)
+            windows(desk, engine, meter, clocks, report, sampler, least_watts, unit)
             while job.following is not None:
                 account.close()
                 if not desk.next():
@@ -201,7 +203,7 @@ def run(desk: Desk, report: Phases) -> None:
                 change(engine, desk.job.config)
                 desk.found.effective = dict(engine.effective)
                 desk.found.warm_up = warm_up(engine, meter, desk.job.plan, clocks, report, sampler)
-                windows(desk, engine, meter, clocks, report, sampler, desk.job.idle_watts)
+                windows(desk, engine, meter, clocks, report, sampler, desk.job.idle_watts, unit)
             report("stopping")
 
 
@@ -220,6 +222,7 @@ def windows(
     report: Phases,
     sampler: Sampler,
     least_watts: float | None,
+    unit: Unit,
 ) -> None:
     """Measure the engine as it is, then what is asked of it outside the windows."""
     job, found = desk.job, desk.found

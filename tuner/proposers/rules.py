@@ -93,11 +93,14 @@ class Advice:
 
 
 _TOGETHER = "sequences decoded together share each read of the weights"
+_IMAGES = "images made together share each read of the weights"
 _CHUNK = "larger pieces of prompt share each read of the weights"
 _FUSED = "the fused attention kernel moves less data through memory"
 _SMALLER = "smaller weights are fewer bytes to read for each token"
 _CACHE = "a quantised cache costs arithmetic and pays at long contexts only"
 _COMPILED = "recorded or compiled kernels spare the CPU's work on each step"
+_UNGUIDED = "without guidance there is one pass in place of two"
+_STEPS = "each step costs the same energy"
 _MEMORY = "more memory for the cache lets more sequences run"
 
 ADVICE: Mapping[str, Advice] = {
@@ -106,8 +109,8 @@ ADVICE: Mapping[str, Advice] = {
     "max_num_seqs": Advice(_TOGETHER, at_least(64), memory=True),
     "max_running_requests": Advice(_TOGETHER, at_least(64), memory=True),
     "max_batch_size": Advice(_TOGETHER, at_least(8), memory=True),
-    "batch_size": Advice(_TOGETHER, at_least(8), memory=True),
-    "num_images_per_prompt": Advice("images made together share each read of the weights", at_least(4), memory=True),
+    "batch_size": Advice("what is computed together shares each read of the weights", at_least(8), memory=True),
+    "num_images_per_prompt": Advice(_IMAGES, at_least(4), memory=True),
     "concurrency": Advice("an engine can only batch what it is sent at the same time", at_least(8), memory=True),
     "continuous_batching": Advice("a free slot takes the next request at once", to(True)),
     # Bytes and work for each token:
@@ -122,15 +125,17 @@ ADVICE: Mapping[str, Advice] = {
     "disable_cuda_graph": Advice(_COMPILED, to(False)),
     "compile": Advice(_COMPILED, to(True), usual=False),
     "async_scheduling": Advice("the next step is prepared while this one runs", to(True)),
-    "guidance_scale": Advice("without guidance there is one pass in place of two", to(1.0), usual=False),
-    "num_inference_steps": Advice("each step costs the same energy", share(0.5), usual=False),
+    "guidance_scale": Advice(_UNGUIDED, to(1.0), usual=False),
+    "guidance": Advice(_UNGUIDED, to(False), usual=False),
+    "num_inference_steps": Advice(_STEPS, share(0.5), usual=False),
+    "steps": Advice(_STEPS, share(0.25), usual=False),
     # The hardware; half of the logical processors are the cores of most machines:
     "threads": Advice(
-        "decoding waits for memory: a core's second thread adds power, not tokens", share(0.5), usual=False
+        "where memory is waited for, a core's second thread adds power, not speed", share(0.5), usual=False
     ),
-    "num_threads": Advice("a core's second thread adds power, not tokens", share(0.5), usual=False),
+    "num_threads": Advice("a core's second thread adds power, not speed", share(0.5), usual=False),
     "gpu_sm_clock_mhz": Advice("decoding waits for memory: a lower clock costs little time", share(0.7), usual=False),
-    "gpu_power_limit_w": Advice("the last watts buy the fewest tokens", share(0.7), usual=False),
+    "gpu_power_limit_w": Advice("the last watts buy the least speed", share(0.7), usual=False),
     # Prompt processing:
     "threads_batch": Advice("prompts are limited by arithmetic: every processor helps", share(1.0), usual=False),
     "max_num_batched_tokens": Advice(_CHUNK, at_least(8192), usual=False, memory=True),
@@ -142,6 +147,8 @@ ADVICE: Mapping[str, Advice] = {
     # Numbers and memory:
     "dtype": Advice("half the bytes for each weight", to("bfloat16", "float16"), usual=False),
     "kv_unified": Advice("one cache for all slots keeps no room for the length of each", to(True), usual=False),
+    "attention_slicing": Advice("the fused attention kernel computes all heads at once", to(False)),
+    "vae_slicing": Advice("smaller pieces may stay in the cache", to(True), usual=False),
     "channels_last": Advice("the layout in which convolutions read", to(True)),
     "cpu_offload_gb": Advice("weights that stay on the GPU are not copied at each step", to(0)),
     # Known, and rarely worth an early trial:
