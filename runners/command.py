@@ -1089,6 +1089,11 @@ def describe(target: Target) -> str:
     return f"model: {model}; {inside}"
 
 
+def unit(target: Target) -> Unit:
+    """What the file counts: tokens or images."""
+    return spec_of(target).unit
+
+
 def load(target: Target) -> str:
     """The load in one sentence: it is the file's, not that of the options."""
     return f"{spec_of(target).path.name}: {shlex.join(spec_of(target).work.argv)}"

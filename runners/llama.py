@@ -1020,10 +1020,11 @@ import xllamacpp
 params = xllamacpp.CommonParams()
 {lines}
 
-server = xllamacpp.Server(params)
-print(f"serving on {{server.listening_address}}", flush=True)
 asked_to_end = threading.Event()
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda *_: asked_to_end.set())
+
+server = xllamacpp.Server(params)
+print(f"serving on {{server.listening_address}}", flush=True)
 asked_to_end.wait()
 """

@@ -147,8 +147,9 @@ def test_a_confirmed_setting_stays_confirmed_where_unconfirmed_ones_are_allowed(
     ("service", "offered"),
     [
         (Service(), "command"),
-        (Service(argv=("x",)), "command, systemd"),
-        (Service(argv=("x",), image="y"), "command, compose, systemd, kubernetes"),
+        (Service(argv=("x",)), "command"),
+        (Service(argv=("x",), port=1), "command, systemd"),
+        (Service(argv=("x",), port=1, image="y"), "command, compose, systemd, kubernetes"),
         (Service(modelfile="FROM x"), "command, modelfile"),
         (Service(python="pass"), "command, python"),
     ],
@@ -302,7 +303,7 @@ def test_a_unit_starts_the_command_in_its_folder_with_its_variables():
 
 
 def test_a_program_named_by_a_relative_path_is_looked_for_in_the_folder():
-    text = render("systemd", launch(Service(argv=("./serve", "x"), folder="/opt/engine")))
+    text = render("systemd", launch(Service(argv=("./serve", "x"), folder="/opt/engine", port=1)))
     assert "ExecStart=/opt/engine/serve x" in text.splitlines()
 
 
@@ -358,7 +359,7 @@ def space(target): return SPACE
 def identity(target): return {"engine": "fake", "engine_version": "2", "model": "m"}
 def launch(config, target): raise NotImplementedError
 def command(config, target): return f"fake --parallel {config['parallel']}"
-def service(config, target): return Service(argv=("sleep", str(config["parallel"])), image="fake:1")
+def service(config, target): return Service(argv=("sleep", str(config["parallel"])), port=9, image="fake:1")
 """
 
 
@@ -383,7 +384,7 @@ def test_a_launch_names_engine_changes_and_what_was_shown(runner):
     made = launch_of(found, choose(found, unconfirmed=False), said.append)
     assert made.name == "my-study-1"
     assert made.command == "fake --parallel 8"
-    assert made.service == Service(argv=("sleep", "8"), image="fake:1")
+    assert made.service == Service(argv=("sleep", "8"), port=9, image="fake:1")
     assert made.about[1:3] == ("engine: fake 2, model: m", "changes from the default: parallel 4 -> 8")
     assert made.settings == ()
     assert said == [f"running the code of {runner}"]

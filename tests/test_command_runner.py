@@ -227,6 +227,30 @@ def test_env_and_folder_are_those_of_the_file(folder):
     assert command.command(default, target).startswith(f"env -C {folder / 'sub'} N=21 X=3 ")
 
 
+def test_the_example_of_the_documentation_runs(folder):
+    page = (ROOT / "docs" / "engines" / "command.md").read_text()
+    blocks = re.findall(r"```(?:python|toml)\n(# (bench\.\w+): .*?)```", page, re.DOTALL)
+    assert [name for _, name in blocks] == ["bench.py", "bench.toml"]
+    for text, name in blocks:
+        (folder / name).write_text(text.replace('"python3"', json.dumps(sys.executable)))
+    target = Target(spec="bench.toml")
+    config = command.space(target).complete({"batch": 32, "threads": 1, "check": False})
+    with command.launch(config, target) as engine:
+        work = engine.run_pass()
+        assert engine.effective == {"threads": 1}
+    assert work.units == 512
+    assert 0 < work.metrics["step_s"] < 5
+
+
+def test_the_server_of_the_documentation_is_a_legal_file():
+    page = (ROOT / "docs" / "engines" / "command.md").read_text()
+    (text,) = re.findall(r"```toml\n(\[command\]\nmode = \"server\".*?)```", page, re.DOTALL)
+    parameter = "type = 'int'\nlow = 1\nhigh = 9\ndefault = 2\nmeaning = 'slots of the server'\n"
+    whole = f"{text}[parameters.slots]\n{parameter}[units]\njson = 'tokens'\n"
+    whole = whole.replace('"my-server"', json.dumps(sys.executable)).replace('"my-client"', json.dumps(sys.executable))
+    assert command._read(Path("any.toml").absolute(), whole.encode()).service["port"] == 8080
+
+
 # --- commands that misbehave
 
 
@@ -286,10 +310,10 @@ def test_a_command_that_is_gone_when_it_is_started_is_named(folder):
 def test_a_command_that_never_ends_is_ended_in_time(folder):
     began = time.monotonic()
     bench = "import time; print('still here', flush=True); time.sleep(60)"
-    told = cause(folder, bench, units="fixed = 1", options="timeout = 0.5")
-    assert "did not end within 0.5 s (command.timeout)" in told
+    told = cause(folder, bench, units="fixed = 1", options="timeout = 3")
+    assert "did not end within 3 s (command.timeout)" in told
     assert 'its last line is "still here"' in told
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 40
 
 
 def test_a_command_that_floods_its_output_is_ended(folder):
@@ -381,7 +405,7 @@ def test_a_worker_killed_by_sigkill_leaves_neither_command_nor_daemon(folder, gr
 
 def test_a_command_that_ignores_sigterm_is_killed(folder):
     bench = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
-    assert "did not end" in cause(folder, bench, units="fixed = 1", options="timeout = 0.5")
+    assert "did not end" in cause(folder, bench, units="fixed = 1", options="timeout = 3")
     assert not [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -744,6 +768,11 @@ def test_the_file_says_model_load_and_figures_in_words(folder):
     )
     assert command.load(target).startswith(f"bench.toml: {sys.executable} -S bench.py ")
     assert command.metrics(target) == ("own_ttft_s",)
+    assert command.unit(target) == "token"
+    assert (
+        command.unit(write(folder, SPEC.replace('json = "run.tokens"', 'unit = "image"\njson = "run.tokens"')))
+        == "image"
+    )
     assert "stays loaded" in command.describe(served(folder))
 
 

@@ -17,6 +17,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,13 +39,13 @@ FORMS: tuple[Form, ...] = get_args(Form)
 
 NEEDS: Mapping[Form, Callable[[Service], bool]] = {
     "command": lambda _: True,
-    "systemd": lambda s: bool(s.argv),
+    "systemd": lambda s: bool(s.argv and s.port),
     "compose": lambda s: bool(s.image),
     "kubernetes": lambda s: bool(s.image),
     "modelfile": lambda s: bool(s.modelfile),
     "python": lambda s: bool(s.python),
 }
-"""What an engine must bring for each form."""
+"""What an engine must bring for each form. What listens nowhere runs to its end: that is no service."""
 
 Say = Callable[[str], None]
 
@@ -250,10 +251,10 @@ def _systemd(launch: Launch) -> str:
 
 
 def _program(name: str, folder: str | None) -> str:
-    """Where a program lies here; systemd looks in folders of its own and knows no relative path."""
+    """Where a program lies here, in PATH or beside this Python; systemd looks in folders of its own."""
     if "/" in name:
         return str(Path(folder or ".").absolute() / name)
-    return shutil.which(name) or name
+    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent)) or name
 
 
 def yaml_text(text: str) -> str:
@@ -297,7 +298,7 @@ _WORDS = frozenset({"yes", "no", "true", "false", "null", "off", "on"})
 
 
 def _key(text: str) -> str:
-    plain = re.fullmatch(r"[A-Za-z]{3}[A-Za-z./]*", text) and text.lower() not in _WORDS
+    plain = re.fullmatch(r"[A-Za-z]{3}[A-Za-z_./]*", text) and text.lower() not in _WORDS
     return text if plain else yaml_text(text)
 
 
