@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tuner.assemble import Bench, asked, open_proposer, thorough
+from tuner.assemble import Bench, asked, open_proposer, own_load, thorough
 from tuner.checks import doubts
 from tuner.confirm import (
     MOST_PRUNE_PAIRS,
@@ -129,7 +129,7 @@ class Session:
             ("workload", f"{header.workload} ({bench.runner_path})"),
             ("engine", f"{bench.identity.get('engine', '')} {bench.identity.get('engine_version', '')}".strip()),
             ("model", self._model()),
-            ("load", load_text(header.target, bench.unit)),
+            ("load", own_load(bench, header.target) or load_text(header.target, bench.unit)),
             ("meter", bench.meters.sentence.removeprefix("meter: ")),
             ("proposer", proposer if header.llm else f"{proposer} (no LLM)"),
             ("goal", self._goal_text()),

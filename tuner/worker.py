@@ -27,7 +27,7 @@ import msgspec
 
 from tuner.files import load_runner, unit_of
 from tuner.journal import Plan
-from tuner.measure import Clocks, difference, idle_watts, measure, settling_seconds, warm_up
+from tuner.measure import Clocks, difference, expected_units, idle_watts, measure, settling_seconds, warm_up
 from tuner.meters import MeterOptions, open_meter
 from tuner.space import Config, Lever, Refused, Value
 from tuner.telemetry import Sampler
@@ -235,7 +235,7 @@ def windows(
         report,
         sampler=sampler,
         # An engine whose length of output is tuned says how much it was asked for.
-        expected_units=getattr(engine, "expected_units", job.target.prompts * job.target.output_tokens),
+        expected_units=getattr(engine, "expected_units", expected_units(job.target, unit)),
         least_watts=least_watts,
     ):
         found.windows.append(window)
