@@ -236,6 +236,7 @@ def windows(
         sampler=sampler,
         # An engine whose length of output is tuned says how much it was asked for.
         expected_units=getattr(engine, "expected_units", expected_units(job.target, unit)),
+        unit=unit,
         least_watts=least_watts,
     ):
         found.windows.append(window)
