@@ -692,6 +692,20 @@ def test_an_engine_that_died_while_it_was_held_is_launched_anew(holding):
     assert not after.reused
 
 
+def test_an_engine_that_dies_as_it_is_given_its_next_job_is_not_held_against_that_job(holding, monkeypatch):
+    pid = pid_of(holding(0, proposal(batch=1)))
+    hand_on = Launcher._hand_on
+
+    def killed_before(self, held, *job):
+        psutil.Process(pid).kill()
+        hand_on(self, held, *job)
+
+    monkeypatch.setattr(Launcher, "_hand_on", killed_before)
+    after = holding(1, proposal(batch=2))
+    assert after.error is None
+    assert not after.reused
+
+
 def test_an_engine_that_crashes_in_a_later_trial_says_so_in_that_trial(holding):
     assert holding(0, proposal()).error is None
     crashed = replace(holding, changeable=frozenset({"batch", "mode"}))(1, proposal("segv"))

@@ -35,6 +35,9 @@ from tuner.telemetry import WATCHES_GPUS, Sampler
 from tuner.trial import Proposal, Target, Trial
 from tuner.worker import Job, Result
 
+STARTING = "starting"
+"""The phase of a worker that has told none yet."""
+
 GRACE_SECONDS = 5.0
 """Between asking a worker's group to end and killing it."""
 
@@ -207,6 +210,7 @@ class Launcher:
     def _run(self, number: int, config: Config, log: Path) -> Result:
         held = self.known.held
         killed_before = out_of_memory_kills()
+        handed_on = held is not None
         if held is None:
             held = self._start(number, config, log)
         else:
@@ -232,6 +236,9 @@ class Launcher:
             )
         if result is not None:
             return judged(result)
+        if handed_on and phase == STARTING:
+            # It died before it looked at this job, so it says nothing of this configuration.
+            return self._run(number, config, log)
         lack_of_memory = out_of_memory_kills() > killed_before
         return Result(error=cause_of_death(status, phase, lack_of_memory=lack_of_memory))
 
@@ -350,7 +357,7 @@ class Launcher:
         The time in which the engine is told to wait is not held against it.
         """
         deadline = time.monotonic() + self.plan.timeout_seconds + idle_seconds
-        phase = "starting"
+        phase = STARTING
         done = self._result_path(held, number)
         with selectors.DefaultSelector() as selector:
             selector.register(held.phases, selectors.EVENT_READ)
