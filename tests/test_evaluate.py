@@ -785,10 +785,29 @@ def test_an_engine_that_failed_broke_no_limit(tmp_path):
 
 def test_quality_is_measured_against_what_the_default_put_out(tmp_path):
     run = launcher(tmp_path, target=Target(prompts=2, output_tokens=3, quality=True))
-    default, worse = run(0, proposal(batch=2)), run(1, proposal(batch=5))
+    default, worse = run(0, default_proposal(batch=2)), run(1, proposal(batch=5))
     assert default.metrics["quality_loss"] == 0
     assert worse.metrics["quality_loss"] == pytest.approx(0.03)
     assert worse.figures["compile_seconds"] == 1.5
+
+
+def default_proposal(**values):
+    return replace(proposal(**values), source="default")
+
+
+def test_without_the_defaults_output_nothing_is_held_against_itself(tmp_path):
+    target = Target(prompts=2, output_tokens=3, quality=True)
+    assert "quality_loss" not in launcher(tmp_path, target=target)(1, proposal(batch=5)).metrics
+    limited = launcher(tmp_path, target=target, limits=limits("quality_loss<=0.01"))(2, proposal(batch=5))
+    assert "cannot be judged" in limited.error
+    assert not limited.over_limit
+
+
+def test_another_segment_is_not_held_against_the_output_of_the_one_before(tmp_path):
+    run = launcher(tmp_path, target=Target(prompts=2, output_tokens=3, quality=True))
+    run(0, default_proposal(batch=2))
+    elsewhere = replace(run, segment=1)(1, default_proposal(batch=5))
+    assert elsewhere.metrics["quality_loss"] == 0
 
 
 def test_quality_is_not_measured_where_nobody_asked_for_it(tmp_path):
@@ -798,5 +817,5 @@ def test_quality_is_not_measured_where_nobody_asked_for_it(tmp_path):
 def test_a_limit_on_quality_makes_a_lossy_configuration_fail(tmp_path):
     target = Target(prompts=2, output_tokens=3, quality=True)
     run = launcher(tmp_path, target=target, limits=limits("quality_loss<=0.01"))
-    assert run(0, proposal(batch=2)).error is None
+    assert run(0, default_proposal(batch=2)).error is None
     assert run(1, proposal(batch=5)).error == "over the limit: quality_loss 0.03 > 0.01"

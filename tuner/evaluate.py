@@ -27,7 +27,7 @@ import msgspec
 
 from tuner.control import ControlError, PowerControl, split
 from tuner.journal import JournalError, Plan
-from tuner.limits import Limit, broken
+from tuner.limits import QUALITY_LOSS, Limit, broken
 from tuner.measure import settling_seconds
 from tuner.space import Config, Refused, closest
 from tuner.summary import grouped
@@ -54,7 +54,7 @@ COOL_CELSIUS = 2.0
 COOL_PERIOD_SECONDS = 1.0
 
 REFERENCE = "quality-reference"
-"""The file in a study's folder that holds what the default configuration puts out."""
+"""The file in a study's folder, one a segment, that holds what the default configuration puts out."""
 
 NO_VALID_WINDOW = "no valid window"
 """How the error of a launch begins whose engine ran while nothing could be measured."""
@@ -139,7 +139,7 @@ class Launcher:
         try:
             if self.control is not None:
                 self.control.apply(settings)
-            outcome = self._run(number, engine, log)
+            outcome = self._run(number, engine, log, self._reference(proposal))
         except ControlError as error:
             outcome = Result(error=str(error))
         if outcome.idle:
@@ -164,7 +164,15 @@ class Launcher:
             reused=outcome.reused,
             figures=outcome.figures,
         )
-        return within_limits(trial, self.limits)
+        return within_limits(trial, self.limits, self._reference(proposal) is not None)
+
+    def _reference(self, proposal: Proposal) -> Path | None:
+        """Where the default's output is; None where quality is not asked for, or there is nothing to hold it against.
+
+        Only the default makes that file: anything else would be held against itself, and lose nothing.
+        """
+        path = (self.folder / f"{REFERENCE}-{self.segment}").absolute()
+        return path if self.target.quality and (proposal.source == "default" or path.exists()) else None
 
     def _fits(self, held: Held | None, engine: Config) -> bool:
         """Whether the engine that is held can be changed into `engine`; only the launcher of its kind may."""
@@ -207,14 +215,14 @@ class Launcher:
             self.report(number, "waiting for GPU memory")
             time.sleep(TICK_SECONDS)
 
-    def _run(self, number: int, config: Config, log: Path) -> Result:
+    def _run(self, number: int, config: Config, log: Path, reference: Path | None) -> Result:
         held = self.known.held
         killed_before = out_of_memory_kills()
         handed_on = held is not None
         if held is None:
-            held = self._start(number, config, log)
+            held = self._start(number, config, log, reference)
         else:
-            self._hand_on(held, number, config, log)
+            self._hand_on(held, number, config, log, reference)
             held = replace(held, config=config, number=number)
         self.known.held = held
         # What is not held is ended; also where Ctrl-C comes in between.
@@ -238,7 +246,7 @@ class Launcher:
             return judged(result)
         if handed_on and phase == STARTING:
             # It died before it looked at this job, so it says nothing of this configuration.
-            return self._run(number, config, log)
+            return self._run(number, config, log, reference)
         lack_of_memory = out_of_memory_kills() > killed_before
         return Result(error=cause_of_death(status, phase, lack_of_memory=lack_of_memory))
 
@@ -255,7 +263,16 @@ class Launcher:
     def _result_path(self, held: Held, number: int) -> Path:
         return Path(held.scratch.name) / f"result-{number}.json"
 
-    def _job(self, scratch: Path, number: int, config: Config, phases: int, following: int | None) -> Path:
+    def _job(
+        self,
+        scratch: Path,
+        number: int,
+        config: Config,
+        reference: Path | None,
+        *,
+        phases: int,
+        following: int | None,
+    ) -> Path:
         """The file that tells a worker what to do."""
         path = scratch / f"job-{number}.json"
         path.write_bytes(
@@ -272,13 +289,13 @@ class Launcher:
                     idle_seconds=self.idle_seconds_for(number),
                     idle_watts=self.known.idle_watts,
                     following=following,
-                    reference=str((self.folder / REFERENCE).absolute()) if self.target.quality else None,
+                    reference=str(reference) if reference else None,
                 )
             )
         )
         return path
 
-    def _start(self, number: int, config: Config, log: Path) -> Held:
+    def _start(self, number: int, config: Config, log: Path, reference: Path | None) -> Held:
         """A worker on its first job."""
         used_memory = self._gpu_memory()
         scratch = tempfile.TemporaryDirectory(prefix="tune-")
@@ -293,7 +310,7 @@ class Launcher:
             # Of the second pipe the worker reads and this process writes.
             ours[1], theirs[1] = jobs, next_job
             following = next_job if self.changeable else None
-            job = self._job(Path(scratch.name), number, config, phases_end, following)
+            job = self._job(Path(scratch.name), number, config, reference, phases=phases_end, following=following)
             with log.open("wb") as output:
                 # -P: a folder named `tuner` where the person stands must not become the worker.
                 worker = subprocess.Popen(
@@ -324,11 +341,11 @@ class Launcher:
             number=number,
         )
 
-    def _hand_on(self, held: Held, number: int, config: Config, log: Path) -> None:
+    def _hand_on(self, held: Held, number: int, config: Config, log: Path, reference: Path | None) -> None:
         """Give a held worker its next job. Its log stays where it began; the trial's own says where."""
         (self._result_path(held, number)).unlink(missing_ok=True)
         # The worker keeps to the pipes that it has.
-        job = self._job(Path(held.scratch.name), number, config, -1, None)
+        job = self._job(Path(held.scratch.name), number, config, reference, phases=-1, following=None)
         log.write_text(f"measured on the engine that was started for {held.log}\n", encoding="utf-8")
         # The worker may have died meanwhile: then its exit status says why.
         with contextlib.suppress(BrokenPipeError):
@@ -380,8 +397,10 @@ class Launcher:
         return phase, True
 
 
-def within_limits(trial: Trial, limits: Sequence[Limit]) -> Trial:
+def within_limits(trial: Trial, limits: Sequence[Limit], judged_by_default: bool) -> Trial:
     """The trial, as failed where it breaks a limit; its windows stay as they were measured.
+
+    `judged_by_default`: the default's output is there, so that a limit on quality can be judged.
 
     Raises:
         Refused: a limit is set on a figure that this engine does not report, so that nothing could ever keep to it.
@@ -389,6 +408,11 @@ def within_limits(trial: Trial, limits: Sequence[Limit]) -> Trial:
     if trial.error is not None or not limits:
         return trial
     metrics = trial.metrics
+    on_quality = next((limit for limit in limits if limit.column == QUALITY_LOSS), None)
+    if on_quality and not judged_by_default:
+        return replace(
+            trial, error=f"{on_quality} cannot be judged: the default has put nothing out to hold it against"
+        )
     if unknown := next((limit for limit in limits if limit.column not in metrics), None):
         raise Refused(
             f"--limit {unknown}: this engine reports no {unknown.column}{closest(unknown.column, list(metrics))}"
