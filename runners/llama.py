@@ -48,7 +48,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value
-from tuner.trial import Service, Target, Work
+from tuner.trial import Service, Target, Work, refuse_empty_load
 
 # --- the model -------------------------------------------------------------------------------
 
@@ -485,7 +485,7 @@ def space(target: Target) -> SearchSpace:
     Raises:
         Refused: the model cannot be used, the load does not fit it, or the engine is not installed.
     """
-    _check_load(target)
+    refuse_empty_load(target)
     _version()
     model = _model(target)
     if 0 < model.context < target.prompt_tokens + target.output_tokens:
@@ -629,16 +629,6 @@ CACHE_TYPES = ("f16", "q8_0", "q4_0")
 
 _CACHE_BLOCK = 32
 """Quantised cache types hold 32 values a block: a head of another width cannot use them."""
-
-
-def _check_load(target: Target) -> None:
-    for option, value in (
-        ("--prompts", target.prompts),
-        ("--prompt-tokens", target.prompt_tokens),
-        ("--output-tokens", target.output_tokens),
-    ):
-        if value < 1:
-            raise Refused(f"{option} {value}: expected at least 1")
 
 
 def _powers_of_two(low: int, high: int) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ from typing import Any
 
 from tuner.serving import Client, Endpoint, Load, cut, models
 from tuner.space import Choice, Config, Int, Parameter, Refused, SearchSpace, Value, closest
-from tuner.trial import Target, Work
+from tuner.trial import Target, Work, refuse_empty_load
 
 USUAL_CONCURRENCY = 8
 """Requests in flight in the default configuration."""
@@ -154,7 +154,7 @@ def space(target: Target) -> SearchSpace:
     Raises:
         Refused: no address, one that is not this machine's, nobody answers there, or there is nothing to tune.
     """
-    _check_load(target)
+    refuse_empty_load(target)
     endpoint = _endpoint(target)
     _model(endpoint, target)
     parameters: list[Parameter] = []
@@ -190,16 +190,6 @@ def space(target: Target) -> SearchSpace:
             "the rate decides how many requests are in flight; leave it out, or let tune start the engine itself"
         )
     return SearchSpace(tuple(parameters))
-
-
-def _check_load(target: Target) -> None:
-    for option, value in (
-        ("--prompts", target.prompts),
-        ("--prompt-tokens", target.prompt_tokens),
-        ("--output-tokens", target.output_tokens),
-    ):
-        if value < 1:
-            raise Refused(f"{option} {value}: expected at least 1")
 
 
 def identity(target: Target) -> dict[str, str]:

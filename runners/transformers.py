@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.space import Choice, Config, Constraint, Effect, Int, Parameter, Refused, SearchSpace, Value, excerpt
-from tuner.trial import Service, Target, Work
+from tuner.trial import Service, Target, Work, refuse_empty_load
 
 # --- the model -------------------------------------------------------------------------------
 
@@ -566,13 +566,7 @@ def _cache_effect(caches: Sequence[str]) -> Effect:
 
 
 def _check_load(target: Target, model: Model) -> None:
-    for option, value in (
-        ("--prompts", target.prompts),
-        ("--prompt-tokens", target.prompt_tokens),
-        ("--output-tokens", target.output_tokens),
-    ):
-        if value < 1:
-            raise Refused(f"{option} {value}: expected at least 1")
+    refuse_empty_load(target)
     if 0 < model.context < target.prompt_tokens + target.output_tokens:
         raise Refused(
             f"--prompt-tokens {target.prompt_tokens} and --output-tokens {target.output_tokens}: expected at most "

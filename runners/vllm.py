@@ -41,7 +41,7 @@ from typing import Any
 from tuner.serving import Client, Endpoint, Load, Server, Symptoms, cut, free_port, models, start_server
 from tuner.serving import wait_ready as wait_until_ready
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, show
-from tuner.trial import Service, Target, Work
+from tuner.trial import Service, Target, Work, refuse_empty_load
 
 GIB = 2**30
 
@@ -515,7 +515,7 @@ def notes(target: Target) -> list[str]:
 
 
 def _space(target: Target) -> tuple[SearchSpace, list[str]]:
-    _check_load(target)
+    refuse_empty_load(target)
     build, model = _build(), _model(target)
     gpus = _device(build)
     context = _context(target)
@@ -745,16 +745,6 @@ def _batch_defaults(gpus: Sequence[_Gpu]) -> tuple[int, int]:
     if gpus[0].bytes >= 70 * GIB and "a100" not in gpus[0].name.lower():
         return 1024, 8192
     return 256, 2048
-
-
-def _check_load(target: Target) -> None:
-    for option, value in (
-        ("--prompts", target.prompts),
-        ("--prompt-tokens", target.prompt_tokens),
-        ("--output-tokens", target.output_tokens),
-    ):
-        if value < 1:
-            raise Refused(f"{option} {value}: expected at least 1")
 
 
 def _power_of_two(least: int) -> int:

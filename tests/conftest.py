@@ -3,6 +3,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Fakes and contracts are shared by tests and by the processes that tests start.
@@ -18,3 +19,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # No test depends on a clock; and a machine that only says yes or no should say the same each time.
 settings.register_profile("tune", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("tune")
+
+
+@pytest.fixture
+def log(tmp_path):
+    """Standard error is a file while an engine runs, as in a worker."""
+    path = tmp_path / "log"
+    kept = os.dup(2)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield path
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

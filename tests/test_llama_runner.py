@@ -54,18 +54,6 @@ def own_cache(cache, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 
 
-@pytest.fixture
-def log(tmp_path):
-    """Standard error is a file while an engine runs, as in a worker."""
-    path = tmp_path / "log"
-    kept = os.dup(2)
-    with path.open("wb") as file:
-        os.dup2(file.fileno(), 2)
-    yield path
-    os.dup2(kept, 2)
-    os.close(kept)
-
-
 def in_a_process(code, **environment):
     """Run `code` with the runner loaded as `llama`, in a process of its own."""
     opening = (

@@ -38,18 +38,6 @@ LOAD = Load(model="m", prompts=4, prompt_tokens=8, output_tokens=6, concurrency=
 MEMORY = Symptoms(out_of_memory=("CUDA out of memory.*",))
 
 
-@pytest.fixture
-def log(tmp_path):
-    """Standard error is a file while an engine runs, as in a worker."""
-    path = tmp_path / "log"
-    kept = os.dup(2)
-    with path.open("wb") as file:
-        os.dup2(file.fileno(), 2)
-    yield path
-    os.dup2(kept, 2)
-    os.close(kept)
-
-
 def python(code, **more):
     return start_server([sys.executable, "-c", code], name="engine", **more)
 

@@ -86,17 +86,6 @@ def gpus(own, tmp_path, monkeypatch):
     return put
 
 
-@pytest.fixture
-def log(tmp_path):
-    path = tmp_path / "log"
-    kept = os.dup(2)
-    with path.open("wb") as file:
-        os.dup2(file.fileno(), 2)
-    yield path
-    os.dup2(kept, 2)
-    os.close(kept)
-
-
 def model_folder(folder, **changes):
     """A folder as Hugging Face's models are: a configuration and some weights."""
     folder.mkdir(parents=True)

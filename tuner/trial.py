@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
-from tuner.space import Config, Lever, SearchSpace, Value
+from tuner.space import Config, Lever, Refused, SearchSpace, Value
 
 Unit = Literal["token", "image", "epoch"]
 
@@ -185,6 +185,17 @@ class Runner(Protocol):
 
     def command(self, config: Config, target: Target) -> str:
         """The shell command that starts this engine with `config`."""
+
+
+def refuse_empty_load(target: Target) -> None:
+    """For runners of language models: a pass needs a request, a prompt and an answer. Raises `Refused`."""
+    for option, value in (
+        ("--prompts", target.prompts),
+        ("--prompt-tokens", target.prompt_tokens),
+        ("--output-tokens", target.output_tokens),
+    ):
+        if value < 1:
+            raise Refused(f"{option} {value}: expected at least 1")
 
 
 # --- what is measured ------------------------------------------------------------------------

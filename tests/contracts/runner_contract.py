@@ -8,10 +8,9 @@ loads in a fraction of a second.
 from __future__ import annotations
 
 import inspect
-import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -44,17 +43,8 @@ class RunnerContract:
         raise NotImplementedError
 
     @pytest.fixture(autouse=True)
-    def engine_log(self, tmp_path: Path) -> Iterator[Path]:
-        """Standard error is a file while an engine runs, as in a worker."""
-        path = tmp_path / "engine.log"
-        kept = os.dup(2)
-        with path.open("wb") as file:
-            os.dup2(file.fileno(), 2)
-        try:
-            yield path
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+    def engine_log(self, log: Path) -> Path:
+        return log
 
     @pytest.fixture
     def space(self, runner: Any, target: Target) -> SearchSpace:
