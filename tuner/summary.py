@@ -552,7 +552,8 @@ def loading_text(history: History) -> str:
         cost += f" and {label}"
     reused = sum(t.reused for t in launches)
     more = f"; {reused} {'trial' if reused == 1 else 'trials'} on an engine that ran already" if reused else ""
-    return f"{len(loads)} launches, {cost} each to load, outside what is measured{more}"
+    counted = "1 launch" if len(loads) == 1 else f"{len(loads)} launches"
+    return f"{counted}, {cost} each to load, before the windows{more}"
 
 
 def failures_text(history: History) -> str:
