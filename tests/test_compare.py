@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import msgspec
 import pytest
+from fakes.chats import QueueChat
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,7 +41,7 @@ from tuner.journal import JournalError
 from tuner.live import latin_order
 from tuner.outcome import Outcome, parse_targets
 from tuner.proposers import open_classical
-from tuner.proposers.llm import read_template, render
+from tuner.proposers.llm import Llm, read_template, render
 from tuner.replay import Replay, problem
 from tuner.runs import Run, Step
 from tuner.space import Refused
@@ -366,6 +367,17 @@ def test_a_prompt_of_a_recorded_problem_never_says_that_it_is_replayed():
     for name in ("enhanced", "baseline"):
         path = find("prompts", name)
         assert "replay" not in render(read_template(path), path, view)
+
+
+def test_a_repeated_answer_is_refused_without_a_word_of_replay():
+    table = load_table(LIMITED)
+    again = '{"reason": "stay", "changes": {}}'
+    chat = QueueChat(*[again] * 4)
+    view = view_of(problem(table), 20, None)
+    llm = Llm(chat=chat, template=find("prompts", "baseline"), fallback=open_classical("rules", 0), view=view)
+    proposal = llm.propose(table.space, after_the_default(table))
+    assert "already trial 0" in proposal.exchanges[0].fault
+    assert not [e for e in proposal.exchanges if "replay" in e.prompt + e.fault]
 
 
 @pytest.mark.parametrize("name", ["enhanced", "baseline"])

@@ -513,8 +513,8 @@ def quality_text(trial: Trial) -> str:
     return "" if trial.quality in (None, "measured") else str(trial.quality)
 
 
-def energy_text(trial: Trial, known: Noise) -> str:
-    """`412 mJ/token ± 2.1 % (3x) estimated`, or `failed`."""
+def energy_text(trial: Trial, known: Noise, label: str | None = None) -> str:
+    """`412 mJ/token ± 2.1 % (3x) estimated`, or `failed`; the trial's own label where none is given."""
     if trial.joules_per_unit is None:
         return "failed"
     return " ".join(
@@ -522,7 +522,7 @@ def energy_text(trial: Trial, known: Noise) -> str:
         for part in (
             f"{joules_text(trial.joules_per_unit)}/{unit(trial)}",
             interval_text(trial, known),
-            quality_text(trial),
+            quality_text(trial) if label is None else label,
         )
         if part
     )

@@ -126,7 +126,7 @@ class Llm:
             outcome = (
                 f"failed: {known.error}"
                 if known.joules_per_unit is None
-                else summary.energy_text(known, summary.noise(history))
+                else summary.energy_text(known, summary.noise(history), self.view.label)
             )
             raise Refused(
                 f"this configuration was already trial {known.number} ({outcome});"
@@ -220,6 +220,12 @@ class View:
     threshold: Callable[[History], float | None] = field(default=lambda _history: None)
     """Joules per unit to get down to; None while there is none."""
     trials: int | None = None
+
+    @property
+    def label(self) -> str | None:
+        """What an energy is called beside its figure: nothing where it was measured; None where nobody said."""
+        quality = self.workload.get("quality")
+        return "" if quality == "measured" else str(quality) if quality else None
 
     def of(self, space: SearchSpace, history: History) -> dict[str, object]:
         """The variables of a template, for the next proposal."""
