@@ -24,6 +24,7 @@ import contextlib
 import errno
 import functools
 import http.client
+import importlib.util
 import itertools
 import json
 import os
@@ -43,6 +44,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tuner.space import Refused
@@ -214,6 +216,23 @@ def start_server(
         os.close(leash_end)
         os.close(status_end)
     return Server(supervisor, leash, status, log_start, name, symptoms or Symptoms(), scratch)
+
+
+def beside(file: str, name: str) -> ModuleType:
+    """The module in `NAME.py` beside `file`: a runner that shares its engine or its models with another one."""
+    own = f"tuner_runner_{name}_beside"
+    if own not in sys.modules:
+        spec = importlib.util.spec_from_file_location(own, Path(file).with_name(f"{name}.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        # Dataclasses look their own module up in sys.modules while the class body runs.
+        sys.modules[own] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[own]
+            raise
+    return sys.modules[own]
 
 
 def _until(holds: Callable[[], bool], seconds: float) -> None:
