@@ -223,7 +223,7 @@ USUAL: Mapping[str, Value] = {
     "flash_attention": "auto",
     "kv_cache_type": "f16",
     "num_batch": 512,
-    "num_thread": 0,
+    "num_thread": "auto",
 }
 """Ollama's own (docs/faq.mdx and api/types.go)."""
 
@@ -248,6 +248,7 @@ def space(target: Target) -> SearchSpace:
             f"--prompt-tokens {target.prompt_tokens} and --output-tokens {target.output_tokens}: expected at most "
             f"{model.context} tokens together, the context of {model.name}"
         )
+    cpus = len(os.sched_getaffinity(0))
     parameters: list[Parameter] = []
     if target.request_rate is None:
         parameters.append(
@@ -288,13 +289,12 @@ def space(target: Target) -> SearchSpace:
             )
         )
     parameters += [
-        Int(
+        Choice(
             name="num_thread",
-            meaning="CPU threads that compute, 0 for as many as the engine chooses: beyond what saturates the memory "
-            "bus they burn power without speed",
-            default=0,
-            low=0,
-            high=len(os.sched_getaffinity(0)),
+            meaning="CPU threads that compute: beyond what saturates the memory bus they burn power without speed; "
+            "auto takes as many as the engine chooses",
+            default="auto",
+            values=("auto", *sorted({*_vllm._powers_of_two(1, cpus), cpus})),
         ),
         Choice(
             name="num_batch",
@@ -441,8 +441,8 @@ def _variables(config: Mapping[str, Value]) -> dict[str, str]:
 
 
 def _options(config: Mapping[str, Value]) -> dict[str, Value]:
-    """The requests' options; 0 threads is what the engine chooses."""
-    return {name: config[name] for name in OPTIONS if name in config and (name, config[name]) != ("num_thread", 0)}
+    """The requests' options; `auto` is none."""
+    return {name: config[name] for name in OPTIONS if config.get(name, "auto") != "auto"}
 
 
 @contextmanager

@@ -272,7 +272,7 @@ def test_what_is_left_to_the_engine_has_neither_variable_nor_option(ollama, monk
     with ollama.launch(ollama.space(LOAD).default(), LOAD) as engine:
         assert (engine.effective["flash_attention"], engine.effective["num_thread"]) == ("auto", 2)
     assert "OLLAMA_FLASH_ATTENTION=" in (tmp_path / "note").read_text().splitlines()
-    assert ollama._options({"num_thread": 0, "num_batch": 512}) == {"num_batch": 512}
+    assert ollama._options({"num_thread": "auto", "num_batch": 512}) == {"num_batch": 512}
 
 
 def test_prompts_are_words_new_in_every_pass_and_end_in_a_count(ollama):
