@@ -78,21 +78,16 @@ def gpu(ollama, monkeypatch):
 
 
 class TestOllama(RunnerContract):
-    # An option that the stand-in, stricter than Ollama, does not know.
-    unloadable: ClassVar = {"num_gpu": "all of them"}
+    # Ollama wants a number of layers; the space of a CPU does not offer it at all.
+    unloadable: ClassVar = {"num_gpu": "all"}
 
     @pytest.fixture
-    def runner(self, ollama, monkeypatch):
+    def runner(self, ollama):
         return ollama
 
     @pytest.fixture
     def target(self):
         return LOAD
-
-    @pytest.fixture(autouse=True)
-    def strict(self, request, monkeypatch):
-        if "cannot_load" in request.node.name:
-            monkeypatch.setenv("FAKE_OLLAMA", "bad-model")
 
 
 # --- the program and the model

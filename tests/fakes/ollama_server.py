@@ -122,6 +122,8 @@ class Handler(Engine.handler):
         options = asked.get("options", {})
         if unknown := set(options) - OPTIONS - PER_REQUEST:
             return self.error(400, f"invalid option provided: {', '.join(sorted(unknown))}")
+        if wrong := [name for name in OPTIONS & set(options) if not isinstance(options[name], int)]:
+            return self.error(400, f'option "{wrong[0]}" must be of type integer')
         if failure := LOAD_FAILURES.get(self.served.mode):
             say(f'{STAMP} msg="Load failed" error="{failure}"')
             return self.error(500, failure)
