@@ -575,13 +575,23 @@ def launch(config: Config, target: Target) -> Iterator[LlamaServer]:
             models(endpoint)[0],
             concurrency=int(config.get("concurrency", target.prompts)),
             token_ids=_ordinary(model.tokens),
-            fields={"cache_prompt": False},
+            fields={"cache_prompt": False, **_whole_characters(target, model.tokens)},
         )
         engine = LlamaServer(Client(endpoint, load, server), server, config)
         engine.run_pass()
         yield engine
     finally:
         server.stop()
+
+
+def _whole_characters(target: Target, tokens: tuple[int, ...]) -> dict[str, object]:
+    """A field that keeps a generated model from single bytes: random ones are no UTF-8, and builds of 2026 (b10400)
+    answer such a text with `does not match the expected Content-only format`.
+    """
+    if target.model is not None:
+        return {}
+    ordinary = set(tokens)
+    return {"logit_bias": [[token, False] for token in range(max(tokens)) if token not in ordinary]}
 
 
 def _ordinary(tokens: tuple[int, ...]) -> range:

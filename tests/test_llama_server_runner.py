@@ -89,6 +89,12 @@ class TestLlamaServer(RunnerContract):
         return LOAD
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(REAL is None, reason="TUNE_LLAMA_SERVER names none: the runner was tested against a stand-in only")
+class TestLlamaServerItself(TestLlamaServer):
+    """The same, where there is a real one."""
+
+
 def test_the_workload_is_named_with_a_dash_or_an_underscore(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find("runners", "llama-server") == find("runners", "llama_server") == RUNNER
@@ -272,6 +278,11 @@ def test_an_open_loop_has_no_concurrency(llama_server):
 
 def test_prompts_are_of_ordinary_tokens_only(llama_server):
     assert llama_server._ordinary((1, 2, 5, 6, 7, 9)) == range(5, 8)
+
+
+def test_only_a_generated_model_is_kept_from_single_bytes(llama_server):
+    assert llama_server._whole_characters(LOAD, (2, 3, 5)) == {"logit_bias": [[0, False], [1, False], [4, False]]}
+    assert llama_server._whole_characters(replace(LOAD, model="m.gguf"), (2, 3, 5)) == {}
 
 
 # --- running it
