@@ -374,3 +374,30 @@ def test_what_is_not_said_is_absent(ollama):
 def test_the_newest_start_of_the_inference_process_counts(ollama):
     start = 'msg="starting llama-server" cmd="x"\nsrv load_model: initializing, n_slots = {}\n'
     assert ollama.read_back(start.format(1) + start.format(4), {"num_parallel": 1}) == {"num_parallel": 4}
+
+
+REAL_LOG = """\
+time=2026-11-25T11:00:19.001Z level=INFO source=llama_server.go:433 msg="starting llama-server" cmd="/usr/lib/..."
+cmn  common_param: system_info: n_threads = 1 (n_threads_batch = 1) / 2 | CPU : SSE3 = 1 | OPENMP = 1 | REPACK = 1
+load_tensors: loading model tensors, this can take a while... (load_mode = mmap)
+llama_context: n_ctx                 = 512
+llama_context: n_batch               = 64
+llama_context: n_ubatch              = 64
+llama_context: flash_attn            = enabled
+llama_context: kv_unified            = false
+llama_kv_cache:        CPU KV buffer size =     0.13 MiB
+llama_kv_cache: size =    0.13 MiB (   256 cells,   2 layers,  2/2 seqs), K (q8_0):    0.07 MiB, V (q8_0):    0.07 MiB
+srv    load_model: initializing, n_slots = 2, n_ctx_slot = 256, kv_unified = 'false'
+"""
+
+
+def test_the_log_of_a_real_llama_server_with_ollamas_words_is_read(ollama):
+    asked = dict.fromkeys(ollama.space(LOSSY).names, 0)
+    assert ollama.read_back(REAL_LOG, asked) == {
+        "num_parallel": 2,
+        "num_thread": 1,
+        "num_batch": 64,
+        "kv_cache_type": "q8_0",
+        "flash_attention": "on",
+        "n_ctx": 512,
+    }
