@@ -23,6 +23,7 @@ from tuner.serving import (
     Load,
     Server,
     Symptoms,
+    beside,
     cut,
     first_line,
     free_port,
@@ -67,6 +68,25 @@ def raised(mode, load=LOAD, **engine):
 
 
 # --- the process
+
+
+def test_a_module_beside_another_is_loaded_once_and_a_broken_one_not_kept(tmp_path):
+    (tmp_path / "good_neighbour.py").write_text("VALUE = object()")
+    (tmp_path / "bad_neighbour.py").write_text("raise ValueError('no')")
+    own = str(tmp_path / "own.py")
+    assert beside(own, "good_neighbour") is beside(own, "good_neighbour")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no"):
+            beside(own, "bad_neighbour")
+
+
+def test_a_log_may_go_to_another_file_than_standard_error(tmp_path):
+    with (tmp_path / "log").open("w+b") as log:
+        server = python("print('hello', flush=True)", output=log.fileno())
+        try:
+            assert until(lambda: server.log() == "hello\n")
+        finally:
+            server.stop()
 
 
 def test_an_engine_leads_no_group_of_the_worker_and_its_supervisor_leads_its_own(log):

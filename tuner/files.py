@@ -2,7 +2,8 @@
 
 A name is looked up in `./<kind>/` (tables in `./results/recorded/`), then in the copy that was installed
 with tune, then in the checkout beside the package. Something with a slash or a suffix is a path and
-nothing else. An error says where was looked and what there is.
+nothing else. An error says where was looked and what there is. A runner is a Python module: where its name has
+a dash, its file has an underscore.
 
 A runner is code that runs. One in the current folder is taken only when it is named, and the caller
 prints its path before loading it.
@@ -37,13 +38,17 @@ def names(kind: Kind) -> list[str]:
     """What can be named without a path."""
     suffix = _SUFFIX[kind]
     found = {
-        file.name.removesuffix(suffix)
+        _named(kind, file.name.removesuffix(suffix))
         for folder in folders(kind)
         if folder.is_dir()
         for file in folder.glob(f"*{suffix}")
         if not file.name.startswith("_") and (kind != "recorded" or file.with_suffix(".json").is_file())
     }
     return sorted(found)
+
+
+def _named(kind: Kind, stem: str) -> str:
+    return stem.replace("_", "-") if kind == "runners" else stem
 
 
 def find(kind: Kind, name: str, *, local: bool = True) -> Path:
@@ -59,9 +64,9 @@ def find(kind: Kind, name: str, *, local: bool = True) -> Path:
             raise Refused(f"no such {thing} file: {excerpt(name)}")
         return path.resolve()
     for folder in folders(kind)[0 if local else 1 :]:
-        path = folder / f"{name}{suffix}"
-        if path.is_file():
-            return path.resolve()
+        for stem in dict.fromkeys((name, name.replace("-", "_") if kind == "runners" else name)):
+            if (path := folder / f"{stem}{suffix}").is_file():
+                return path.resolve()
     known = names(kind)
     raise Refused(
         f"unknown {thing} {excerpt(name)}{closest(name, known)}"

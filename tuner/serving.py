@@ -24,6 +24,7 @@ import contextlib
 import errno
 import functools
 import http.client
+import importlib.util
 import itertools
 import json
 import os
@@ -43,6 +44,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tuner.space import Refused
@@ -98,8 +100,10 @@ class Server:
         name: str,
         symptoms: Symptoms,
         scratch: str,
+        output: int = 2,
     ) -> None:
         self.name = name
+        self._output = output
         self._supervisor = supervisor
         self._leash = leash
         self._status = status
@@ -127,10 +131,10 @@ class Server:
         return self._end
 
     def log(self) -> str:
-        """What was written to standard error since the engine was started; empty where that is no file."""
+        """What was written to the log since the engine was started; empty where that is no file."""
         if self._log_start is None:
             return ""
-        with Path("/proc/self/fd/2").open("rb") as file:
+        with Path(f"/proc/self/fd/{self._output}").open("rb") as file:
             file.seek(self._log_start)
             return _CONTROL.sub("", file.read().decode(errors="replace"))
 
@@ -176,8 +180,9 @@ def start_server(
     env: Mapping[str, str] | None = None,
     symptoms: Symptoms | None = None,
     cwd: Path | None = None,
+    output: int = 2,
 ) -> Server:
-    """Start an engine whose output goes to this process's standard error.
+    """Start an engine whose output goes to this process's standard error, or to another open file.
 
     Args:
         argv: the command, word by word; no shell sees it.
@@ -185,10 +190,11 @@ def start_server(
         env: variables beside those of this process.
         symptoms: how its log names what went wrong.
         cwd: the folder that it runs in.
+        output: file descriptor of its log, which stays open while the engine runs.
 
     A program that does not exist is known to `wait_ready`, like any other that ends at once.
     """
-    told = os.fstat(2)
+    told = os.fstat(output)
     log_start = told.st_size if stat.S_ISREG(told.st_mode) else None
     # Engines leave sockets and caches in their temporary folder when they are killed.
     scratch = tempfile.mkdtemp(prefix="tune-engine-")
@@ -200,8 +206,8 @@ def start_server(
             env={**os.environ, "TMPDIR": scratch, **(env or {}), "TUNE_SCRATCH": scratch},
             cwd=cwd,
             stdin=subprocess.DEVNULL,
-            stdout=2,
-            stderr=2,
+            stdout=output,
+            stderr=output,
             pass_fds=(leash_end, status_end),
             start_new_session=True,
         )
@@ -213,7 +219,24 @@ def start_server(
     finally:
         os.close(leash_end)
         os.close(status_end)
-    return Server(supervisor, leash, status, log_start, name, symptoms or Symptoms(), scratch)
+    return Server(supervisor, leash, status, log_start, name, symptoms or Symptoms(), scratch, output)
+
+
+def beside(file: str, name: str) -> ModuleType:
+    """The module in `NAME.py` beside `file`: a runner that shares its engine or its models with another one."""
+    own = f"tuner_runner_{name}_beside"
+    if own not in sys.modules:
+        spec = importlib.util.spec_from_file_location(own, Path(file).with_name(f"{name}.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        # Dataclasses look their own module up in sys.modules while the class body runs.
+        sys.modules[own] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[own]
+            raise
+    return sys.modules[own]
 
 
 def _until(holds: Callable[[], bool], seconds: float) -> None:
@@ -546,7 +569,10 @@ class RequestFailed(RuntimeError):
 
 
 class Client:
-    """Sends the load to a server, pass after pass."""
+    """Sends the load to a server, pass after pass. A server with another API overrides `path`, `streams` and `read`."""
+
+    streams = "text/event-stream"
+    """Content type of an answer that is streamed."""
 
     def __init__(self, endpoint: Endpoint, load: Load, server: Server | None = None) -> None:
         self.endpoint = endpoint
@@ -662,7 +688,7 @@ class Client:
             # Open loop: a request that leaves late has waited since it should have left.
             at = at if load.request_rate is not None else time.perf_counter()
         connection = self.endpoint.connect(load.timeout_seconds)
-        path = f"{self.endpoint.prefix}/{'chat/' if load.chat else ''}completions"
+        path = self.path(load)
         try:
             connection.request("POST", path, body, {"Content-Type": "application/json", **self.endpoint.headers()})
             # The connection gives its socket away to the response, which has to be closed as well.
@@ -670,12 +696,12 @@ class Client:
                 if response.status != http.HTTPStatus.OK:
                     raise self._refusal(response.status, response.read(1 << 16), load)
                 kind = response.headers.get_content_type()
-                if kind != "text/event-stream":
+                if kind != self.streams:
                     raise RuntimeError(
                         f"{self._name} is not an OpenAI-compatible server that streams: POST {path} brought {kind}: "
                         f"{cut(response.read(4096).decode(errors='replace'), 80)}"
                     )
-                return self._read(response, at, load)
+                return self.read(response, at, load)
         except TimeoutError as error:
             raise RequestFailed(f"{self._name} hangs: not a byte in {load.timeout_seconds:g} s") from error
         except ConnectionRefusedError as error:
@@ -687,27 +713,28 @@ class Client:
         finally:
             connection.close()
 
-    def _read(self, response: http.client.HTTPResponse, at: float, load: Load) -> Answer:
+    def path(self, load: Load) -> str:
+        """Where requests are sent."""
+        return f"{self.endpoint.prefix}/{'chat/' if load.chat else ''}completions"
+
+    def read(self, response: http.client.HTTPResponse, at: float, load: Load) -> Answer:
         """Server-sent events up to `[DONE]`."""
         arrivals: list[float] = []
         usage: Mapping[str, Any] | None = None
         timings: Mapping[str, Any] = {}
-        done, rest = False, b""
-        while not done and (data := response.read1(1 << 16)):
-            now = time.perf_counter() - at
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                if not line.startswith(b"data:"):
-                    continue
-                event = line[5:].strip()
-                if event == b"[DONE]":
-                    done = True
-                    break
-                piece = self._event(event)
-                if _carries_text(piece, load.chat):
-                    arrivals.append(now)
-                usage = piece.get("usage") or usage
-                timings = piece.get("timings") or timings
+        done = False
+        for now, line in streamed(response, at):
+            if not line.startswith(b"data:"):
+                continue
+            event = line[5:].strip()
+            if event == b"[DONE]":
+                done = True
+                break
+            piece = self.piece(event)
+            if _carries_text(piece, load.chat):
+                arrivals.append(now)
+            usage = piece.get("usage") or usage
+            timings = piece.get("timings") or timings
         seconds = time.perf_counter() - at
         if not done:
             raise RequestFailed(f"{self._name}: the stream was cut off before [DONE]")
@@ -716,9 +743,10 @@ class Client:
                 f"{self._name} streams no usage block, so its tokens cannot be counted; "
                 'expected it to know "stream_options": {"include_usage": true}'
             )
-        return self._answer(usage, timings, arrivals, seconds, load)
+        return self.answer(usage, timings, arrivals, seconds, load)
 
-    def _event(self, event: bytes) -> dict[str, Any]:
+    def piece(self, event: bytes) -> dict[str, Any]:
+        """One piece of a streamed answer. Raises where it is none, or is an error."""
         try:
             piece = json.loads(event)
         except ValueError:
@@ -730,7 +758,7 @@ class Client:
             raise RequestFailed(f"{self._name} broke off with an error: {_message(event)}")
         return piece
 
-    def _answer(
+    def answer(
         self,
         usage: Mapping[str, Any],
         timings: Mapping[str, Any],
@@ -738,6 +766,7 @@ class Client:
         seconds: float,
         load: Load,
     ) -> Answer:
+        """The answer, where it is the work that was asked for; counts as OpenAI names them, times as llama.cpp does."""
         try:
             output, prompt = int(usage["completion_tokens"]), int(usage["prompt_tokens"])
             cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
@@ -781,6 +810,16 @@ class Client:
         # Too many requests, or a failure of the server's own: the next one may be answered.
         transient = status == http.HTTPStatus.TOO_MANY_REQUESTS or status >= http.HTTPStatus.INTERNAL_SERVER_ERROR
         return RequestFailed(told) if transient else RuntimeError(told)
+
+
+def streamed(response: http.client.HTTPResponse, at: float) -> Iterator[tuple[float, bytes]]:
+    """Each line of an answer, with the seconds from `at` to the moment that it came."""
+    rest = b""
+    while data := response.read1(1 << 16):
+        now = time.perf_counter() - at
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield now, line
 
 
 def _carries_text(piece: Mapping[str, Any], chat: bool) -> bool:

@@ -28,16 +28,33 @@ CUDA_OUT_OF_MEMORY = (
 class Engine:
     """Serves in a thread; `requests` holds the bodies it got, in order of arrival."""
 
-    def __init__(self, mode="ok", *, model="m", port=0, seats=64, token_seconds=0.0, metrics=""):
+    handler: type
+
+    def __init__(
+        self,
+        mode="ok",
+        *,
+        model="m",
+        port=0,
+        seats=64,
+        token_seconds=0.0,
+        metrics="",
+        last_words=f"(EngineCore pid=112) ERROR 05-01 14:39:06 [core.py:1131] {CUDA_OUT_OF_MEMORY}",
+        timed=False,
+        pages=None,
+    ):
+        """`last_words`: its log when memory runs out; `timed`: it says how long both phases took, as llama.cpp does;
+        `pages`: further paths with the JSON that they bring."""
         self.mode, _, start = mode.partition(":")
         self.begins = int(start or 0)
         self.model, self.metrics, self.token_seconds = model, metrics, token_seconds
+        self.last_words, self.timed, self.pages = last_words, timed, pages or {}
         self.requests, self.headers, self.in_flight, self.most_in_flight = [], [], 0, 0
         self.lock = threading.Lock()
         self.seats = threading.Semaphore(seats)
         engine = self
 
-        class Handler(_Handler):
+        class Handler(self.handler):
             served = engine
 
         self.server = _Server(("127.0.0.1", port), Handler)
@@ -94,6 +111,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply(200, {"version": "0.32.0"})
         elif self.path == "/metrics":
             self.reply(200, served.metrics, "text/plain")
+        elif self.path in served.pages:
+            self.reply(200, served.pages[self.path])
         else:
             self.error(404, "Not Found", "NotFoundError")
 
@@ -147,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         if mode == "out-of-memory":
-            sys.stderr.write(f"(EngineCore pid=112) ERROR 05-01 14:39:06 [core.py:1131] {CUDA_OUT_OF_MEMORY}\n")
+            sys.stderr.write(f"{self.served.last_words}\n")
             self.error(500, "EngineCore encountered an issue. See stack trace (above) for the root cause.")
             os._exit(1)
         if mode == "killed":
@@ -159,6 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
+        began = time.perf_counter()
         count = asked["max_tokens"] - (mode == "short")
         words = len(prompt.split()) if isinstance(prompt, str) else len(prompt)
         # A word of this tokenizer's is two tokens, and a template adds seven.
@@ -195,6 +215,9 @@ class _Handler(BaseHTTPRequestHandler):
             last = {"choices": [], "usage": usage}
             if mode == "timings":
                 last["timings"] = {"prompt_ms": 12.5, "predicted_ms": 30.0}
+            if self.served.timed:
+                half = (time.perf_counter() - began) * 500
+                last["timings"] = {"prompt_n": tokens, "prompt_ms": half, "predicted_n": count, "predicted_ms": half}
             self.event(last)
         self.leave()
         self.chunk(b"data: [DONE]\n\n")
@@ -206,3 +229,6 @@ class _Handler(BaseHTTPRequestHandler):
     def chunk(self, data):
         self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
         self.wfile.flush()
+
+
+Engine.handler = _Handler

@@ -1,0 +1,700 @@
+"""llama.cpp's `llama-server` as a process of its own, reached over HTTP: the engine as its project builds it.
+
+The `llama` workload runs the same server inside the trial's process and sends its requests as function calls; here an
+installed executable is started (on the PATH, or named by TUNE_LLAMA_SERVER), so that a GPU build, a distribution's
+build or a patched one is what is tuned. Every tuned flag is named, `--fit off` keeps it from changing the others, and
+what it runs with is read back from its log. Flags come and go between builds: the installed one is asked for its help,
+and a flag that it lacks is left out.
+
+Without a model file the generated one of the `llama` workload is loaded (docs/design/generated-model.md).
+
+Glossary
+    slot      a sequence that the server decodes; requests wait until one is free
+    batch     tokens handed to the engine in one call (`n_batch`), computed `n_ubatch` at a time
+    repack    rearranging weights at load time for the CPU's matrix instructions
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import mmap
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tuner.serving import Client, Endpoint, Load, Server, Symptoms, beside, cut, free_port, models, start_server
+from tuner.serving import wait_ready as wait_until_ready
+from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value
+from tuner.trial import Service, Target, Work, refuse_empty_load
+
+_llama: Any = beside(__file__, "llama")
+"""Its generated model, its reading of GGUF headers and of llama.cpp's log: they are the same engine's."""
+
+GIB = 2**30
+MIB = 2**20
+
+# --- the program -----------------------------------------------------------------------------
+
+INSTALL = (
+    "build it or download a release of the llama.cpp project, and put it on the PATH or set "
+    "TUNE_LLAMA_SERVER=/path/to/llama-server"
+)
+
+LOG_LEVEL = "4"
+"""What the engine runs with stands in its log from here on; during a pass it is a dozen lines a request."""
+
+ASK_SECONDS = 120.0
+"""A build with a GPU opens its driver first."""
+
+
+def _program() -> str:
+    """The executable's path."""
+    named = os.environ.get("TUNE_LLAMA_SERVER")
+    found = shutil.which(Path(named).expanduser() if named else "llama-server")
+    if found is None and named:
+        raise Refused(f"TUNE_LLAMA_SERVER={cut(named, 100)}: expected the llama-server executable; {INSTALL}")
+    if found is None:
+        raise Refused(f"the llama-server workload finds no llama-server on the PATH; {INSTALL}")
+    return str(Path(found).absolute())
+
+
+@dataclass(frozen=True)
+class _Device:
+    """A GPU that layers can be moved to, as `--list-devices` shows it."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Build:
+    """What the installed executable says about itself on this machine."""
+
+    program: str
+    version: str
+    flags: Mapping[str, str]
+    """Each flag's entry in the help, by every name that it has."""
+    devices: tuple[_Device, ...]
+    threads: int
+    """The thread count that it chooses by itself."""
+    openmp: bool
+    """Whether OpenMP's threads compute: they do not heed `--poll`."""
+
+    def names(self, flag: str) -> frozenset[str]:
+        """All names of a flag; empty where there is none."""
+        entry = self.flags.get(flag)
+        return frozenset(name for name, text in self.flags.items() if text is entry) if entry else frozenset()
+
+
+def _build() -> _Build:
+    program = _program()
+    return _asked(program, Path(program).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _asked(program: str, _changed_ns: int) -> _Build:
+    flags = parse_help(_run(program, "--help"))
+    if not {"--model", "--port", "--ctx-size", "--parallel"} <= set(flags):
+        raise Refused(f"{program}: expected llama-server, but its --help lists no --parallel; {INSTALL}")
+    version = re.search(r"^version: (.+)$", _run(program, "--version"), re.MULTILINE)
+    listed = _run(program, "--list-devices") if "--list-devices" in flags else ""
+    devices = [
+        _Device(cut(name, 80), int(mib) * MIB)
+        for name, mib in re.findall(r"^\s+\w+: (.+) \((\d+) MiB, \d+ MiB free\)", listed, re.MULTILINE)
+    ]
+    # Without a model it fails, but not before it has logged the threads that it would have used.
+    aloud = ("--log-verbosity", LOG_LEVEL) if "--log-verbosity" in flags else ()
+    where = ("--host", "127.0.0.1", "--port", str(free_port()))
+    log = _run(program, "--model", os.devnull, *where, *aloud, may_fail=True)
+    threads = re.search(r"n_threads = (\d+)", log)
+    return _Build(
+        program=program,
+        version=cut(version[1], 80) if version else "not said",
+        flags=flags,
+        devices=tuple(devices),
+        threads=int(threads[1]) if threads else len(os.sched_getaffinity(0)),
+        openmp="OPENMP = 1" in log,
+    )
+
+
+def _run(program: str, *words: str, may_fail: bool = False) -> str:
+    """Both outputs of a short run: builds differ in which of them they write to."""
+    shown = shlex.join([program, *words])
+    try:
+        done = subprocess.run(
+            [program, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            timeout=ASK_SECONDS,
+            env={**os.environ, **ENVIRONMENT},
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Refused(f"{shown}: llama-server does not run here ({cut(str(error), 120)}); {INSTALL}") from error
+    if done.returncode != 0 and not may_fail:
+        last = (done.stdout.strip().splitlines() or ["it printed nothing"])[-1]
+        raise Refused(f"{shown}: llama-server does not run here ({cut(last, 200)})")
+    return done.stdout
+
+
+def parse_help(text: str) -> dict[str, str]:
+    """Each flag's entry in the output of `llama-server --help`, by every name of the flag."""
+    flags: dict[str, str] = {}
+    names: list[str] = []
+    for line in text.splitlines():
+        if line.startswith("-") and not line.startswith("----"):
+            # The explanation begins after two spaces; between two names there may be as many.
+            head = re.split(r"\s{2,}(?=[^-\s])", line)[0]
+            names = re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", head)
+            entry = line
+        elif names and line.startswith(" "):
+            entry = f"{flags[names[0]]}\n{line}"
+        else:
+            names = []
+        flags.update(dict.fromkeys(names, entry if names else ""))
+    return flags
+
+
+# --- the model -------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=8)
+def _cache_values_per_token(path: Path, _changed_ns: int) -> int:
+    """Numbers that one token leaves in the cache, over all layers; 0 where the header does not say."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        pairs = _llama._metadata(data)
+    own = {key.removeprefix(f"{pairs['general.architecture']}."): value for key, value in pairs.items()}
+    heads = own.get("attention.head_count", 0)
+    kv_heads, layers = own.get("attention.head_count_kv", heads), own["block_count"]
+    if isinstance(heads, tuple):
+        heads = max(heads)
+    if not heads:
+        return 0
+    width = own["embedding_length"] // heads
+    per_head = own.get("attention.key_length", width) + own.get("attention.value_length", width)
+    return int(per_head * (sum(kv_heads) if isinstance(kv_heads, tuple) else kv_heads * layers))
+
+
+def _needed_bytes(model: Any, config: Mapping[str, Value], target: Target) -> float:
+    """Weights and cache."""
+    values = _cache_values_per_token(model.path, model.path.stat().st_mtime_ns) / 2
+    types = (str(config.get(f"cache_type_{side}", "f16")) for side in ("k", "v"))
+    context = _context(config, target)
+    return float(model.bytes + context * sum(values * BYTES_OF[kind] for kind in types))
+
+
+BYTES_OF: Mapping[str, float] = {"f16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32}
+
+
+def _memory_bytes() -> int:
+    """Main memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _context(config: Mapping[str, Value], target: Target) -> int:
+    """Tokens of context for all slots together (`_context` of the `llama` workload says why)."""
+    return int(_llama._context({"parallel": 4, "n_batch": 2048, **config}, target))
+
+
+def describe(target: Target) -> str:
+    """One line that says what is being run, and which flags this build lacks."""
+    said = f"llama-server {_build().version}, {_llama.describe(target)}"
+    lacking = notes(target)
+    return f"{said}; {'; '.join(lacking)}" if lacking else said
+
+
+# --- what may be tuned -----------------------------------------------------------------------
+
+FLAGS: Mapping[str, str] = {
+    "parallel": "--parallel",
+    "threads": "--threads",
+    "threads_batch": "--threads-batch",
+    "n_batch": "--batch-size",
+    "n_ubatch": "--ubatch-size",
+    "flash_attention": "--flash-attn",
+    "continuous_batching": "--no-cont-batching",
+    "kv_unified": "--kv-unified",
+    "n_gpu_layers": "--n-gpu-layers",
+    "cache_type_k": "--cache-type-k",
+    "cache_type_v": "--cache-type-v",
+    "repack": "--no-repack",
+    "mmap": "--load-mode",
+    "poll": "--poll",
+}
+"""The flag behind each parameter of the engine."""
+
+CACHE_TYPES = ("f16", "q8_0", "q4_0")
+
+
+def space(target: Target) -> SearchSpace:
+    """Flags of the installed llama-server for this machine, model and load, most influential first.
+
+    Raises:
+        Refused: llama-server or the model is not there, or the load does not fit it.
+    """
+    return _space(target)[0]
+
+
+def notes(target: Target) -> list[str]:
+    """What was left out of the space, and why."""
+    return _space(target)[1]
+
+
+def _space(target: Target) -> tuple[SearchSpace, list[str]]:
+    refuse_empty_load(target)
+    build, model = _build(), _llama._model(target)
+    if 0 < model.context < target.prompt_tokens + target.output_tokens:
+        raise Refused(
+            f"--prompt-tokens {target.prompt_tokens} and --output-tokens {target.output_tokens}: expected at most "
+            f"{model.context} tokens together, the context {model.path.name} was trained on"
+        )
+    fixed = {word.partition("=")[0] for word in target.engine_args}
+    kept: list[Parameter] = []
+    said: list[str] = []
+    for parameter in _parameters(target, build, model):
+        name, flag = parameter.name, _flag(parameter.name, build)
+        if flag is not None and flag not in build.flags:
+            said.append(f"{name} is left out: llama-server {build.version} has no {flag}")
+        elif name == "flash_attention" and "auto" not in build.flags["--flash-attn"]:
+            said.append(f"{name} is left out: --flash-attn of llama-server {build.version} takes no on, off or auto")
+        elif name == "poll" and build.openmp:
+            said.append("poll is left out: this build computes with OpenMP, whose threads do not heed --poll")
+        elif flag is not None and fixed & build.names(flag):
+            said.append(f"{name} is left out: --engine-args fixes {min(fixed & build.names(flag))}")
+        else:
+            kept.append(parameter)
+    return SearchSpace(tuple(kept), _constraints({p.name for p in kept}, target, build, model)), said
+
+
+def _flag(name: str, build: _Build) -> str | None:
+    """The flag behind a parameter; None for the client's own."""
+    if name == "mmap" and "--load-mode" not in build.flags:
+        return "--no-mmap"
+    return FLAGS.get(name)
+
+
+def _parameters(target: Target, build: _Build, model: Any) -> list[Parameter]:
+    """Every parameter that could be offered here, whether this build has its flag or not."""
+    cpus = max(len(os.sched_getaffinity(0)), build.threads)
+    prompt_batch = 2 ** math.ceil(math.log2(target.prompts * target.prompt_tokens))
+    parameters: list[Parameter] = []
+    if target.request_rate is None:
+        parameters.append(
+            Int(
+                name="concurrency",
+                meaning="requests that the client keeps in flight: beyond the number of slots they wait in the queue, "
+                "and with fewer some slots stay empty",
+                default=target.prompts,
+                low=1,
+                high=target.prompts,
+                log=True,
+                scope="request",
+            )
+        )
+    # The engine's own `-np -1` is 4 slots with a unified cache.
+    parameters.append(
+        Int(
+            name="parallel",
+            meaning="slots decoded together: each decoding step reads all weights once for all busy slots, so more "
+            "slots share that cost, until computing rather than reading becomes the limit; requests beyond it wait",
+            default=4,
+            low=1,
+            high=min(_llama.MOST_SLOTS, max(4, target.prompts)),
+        )
+    )
+    if build.devices:
+        whole = model.layers + 1
+        share = sum(d.bytes for d in build.devices) * GPU_SHARE / _needed_bytes(model, {}, target)
+        parameters.append(
+            Int(
+                name="n_gpu_layers",
+                meaning=f"layers computed on {', '.join(d.name for d in build.devices)} instead of the CPU; "
+                f"{whole} is all of them and the output layer",
+                default=min(whole, math.floor(share * whole)),
+                low=0,
+                high=whole,
+                effect="numerics",
+                lever="offload",
+            )
+        )
+    parameters += [
+        # A step of two tokens or more takes threads_batch (llama_context::graph_compute).
+        Int(
+            name="threads_batch",
+            meaning="CPU threads while prompts are processed and while several slots generate together, that is, "
+            "whenever one step computes more than one token",
+            default=build.threads,
+            low=1,
+            high=cpus,
+        ),
+        Int(
+            name="threads",
+            meaning="CPU threads while a single slot generates alone, a phase that waits for memory: beyond what "
+            "saturates the memory bus, threads burn power without speed; no effect while several slots are busy",
+            default=build.threads,
+            low=1,
+            high=cpus,
+        ),
+        Choice(
+            name="repack",
+            meaning="rearrange the weights at load time for the CPU's matrix instructions: faster multiplication for a "
+            "longer start; it has no effect on weights that have no such layout",
+            default=True,
+            effect="numerics",
+            values=(False, True),
+        ),
+        Choice(
+            name="flash_attention",
+            meaning="fused attention that never stores the score matrix: fewer bytes moved, more so with long context; "
+            "auto turns it on where the device supports it",
+            default="auto",
+            effect="numerics",
+            values=("off", "on", "auto"),
+        ),
+        Choice(
+            name="n_ubatch",
+            meaning="prompt tokens computed at a time: small values read the weights again and again, large ones need "
+            "larger buffers",
+            default=512,
+            effect="numerics",
+            values=_llama._powers_of_two(8, max(512, prompt_batch)),
+            ordered=True,
+        ),
+        Choice(
+            name="n_batch",
+            meaning="tokens accepted in one engine call, split into n_ubatch pieces: with several slots it bounds how "
+            "long new prompts hold up the slots that are generating",
+            default=2048,
+            values=_llama._powers_of_two(32, max(2048, prompt_batch)),
+            ordered=True,
+        ),
+        Choice(
+            name="continuous_batching",
+            meaning="let a new prompt join while other slots are generating; off, it waits until all of them are done",
+            default=True,
+            values=(False, True),
+        ),
+        Choice(
+            name="kv_unified",
+            meaning="one cache shared by all slots instead of one for each: attention then passes over the cells of "
+            "the other slots too",
+            default=True,
+            effect="numerics",
+            values=(False, True),
+        ),
+        Choice(
+            name="poll",
+            meaning="how long idle compute threads spin before they sleep, 0 for not at all: spinning saves wake-up "
+            "time and burns power",
+            default=50,
+            values=(0, 25, 50, 75, 100),
+            ordered=True,
+        ),
+    ]
+    if target.allow_lossy and model.head_width % _llama._CACHE_BLOCK == 0:
+        parameters += [
+            Choice(
+                name=f"cache_type_{side}",
+                meaning=f"precision of the cached {what}: fewer bits are fewer bytes read at long context, but cost "
+                "time to convert at short context, and can cost quality",
+                default="f16",
+                effect="lossy",
+                values=CACHE_TYPES,
+                ordered=True,
+            )
+            for side, what in (("k", "keys"), ("v", "values"))
+        ]
+    parameters.append(
+        Choice(
+            name="mmap",
+            meaning="map the model file into memory instead of reading it into a buffer: a faster start and, for "
+            "weights that are not repacked, pages shared with the file cache",
+            default=True,
+            values=(False, True),
+        )
+    )
+    return parameters
+
+
+GPU_SHARE = 0.9
+"""Of a GPU's memory, for weights and cache; the rest is for compute buffers and the driver."""
+
+
+def _constraints(names: set[str], target: Target, build: _Build, model: Any) -> tuple[Constraint, ...]:
+    rules = []
+    if {"n_ubatch", "n_batch"} <= names:
+        # The engine clamps silently: the configuration would be another one than it says.
+        rules.append(Constraint("n_ubatch <= n_batch", lambda c: int(c["n_ubatch"]) <= int(c["n_batch"])))
+    if {"parallel", "n_batch"} <= names:
+        rules.append(
+            Constraint(
+                "parallel <= n_batch (each slot adds a token to a decoding step)",
+                lambda c: int(c["parallel"]) <= int(c["n_batch"]),
+            )
+        )
+    if {"cache_type_v", "flash_attention"} <= names:
+        rules.append(
+            Constraint(
+                "a quantised cache_type_v needs flash_attention on",
+                lambda c: c["cache_type_v"] == "f16" or c["flash_attention"] == "on",
+            )
+        )
+    memory, size = _memory_bytes(), model.bytes / GIB
+
+    def offloaded(config: Mapping[str, Value]) -> float:
+        return int(config.get("n_gpu_layers", 0)) / int(model.layers + 1)
+
+    rules.append(
+        Constraint(
+            f"weights ({size:.2g} GiB) and cache fit into the {memory / GIB:.0f} GiB of main memory, as far as they "
+            "are not on a GPU",
+            lambda c: (1 - offloaded(c)) * _needed_bytes(model, c, target) <= memory,
+        )
+    )
+    if build.devices and "n_gpu_layers" in names:
+        total = sum(d.bytes for d in build.devices)
+        rules.append(
+            Constraint(
+                f"the share of weights ({size:.2g} GiB) and cache on the GPU fits into {GPU_SHARE:.0%} of its "
+                f"{total / GIB:.0f} GiB: fewer n_gpu_layers or less parallel",
+                lambda c: offloaded(c) * _needed_bytes(model, c, target) <= total * GPU_SHARE,
+            )
+        )
+    return tuple(rules)
+
+
+def identity(target: Target) -> dict[str, str]:
+    """Engine, version, model and device: what must agree before results may meet."""
+    build, model = _build(), _llama._model(target)
+    return {
+        "engine": "llama.cpp (llama-server)",
+        "engine_version": build.version,
+        "model": model.path.name if target.model is not None else f"generated llama {_llama._shape(target).label}",
+        "model_sha256": _llama._fingerprint(model),
+        "device": ", ".join(d.name for d in build.devices) or "cpu",
+        **({"engine_args": shlex.join(target.engine_args)} if target.engine_args else {}),
+    }
+
+
+# --- running it ------------------------------------------------------------------------------
+
+ENVIRONMENT: Mapping[str, str] = {
+    # On a failed assertion ggml would start a debugger on itself.
+    "GGML_NO_BACKTRACE": "1",
+}
+
+SYMPTOMS = Symptoms(
+    out_of_memory=(
+        r"(allocating [\d.]+ MiB on device \d+: \w+ failed: out of memory.*)",
+        r"(Device memory allocation of size \d+ failed.*)",
+        r"\bErrorOutOf(?:Device|Host)Memory\b.*",
+        r"\b(?:CUDA|HIP|MUSA) error: out of memory.*",
+        r"(failed to allocate .*buffer.*)",
+        r"(unable to allocate \S+ buffer.*)",
+        r"(insufficient memory \(attempted to allocate .*)",
+        r"\bstd::bad_alloc\b.*",
+    ),
+    telling=(
+        r"(couldn't bind .*)",
+        r"error while handling argument .*",
+        # Lines of level E; the first one is the cause, those that follow say that loading failed.
+        r"^[\d.]+ E (?:\w+ +)?(.+)$",
+    ),
+)
+
+START_SECONDS = 1800.0
+"""Reading a large model from a slow disk."""
+
+SAID_SECONDS = 2.0
+"""The log is written by a thread of the engine's own, a little later than it happens."""
+
+
+def _words(config: Mapping[str, Value], build: _Build) -> list[str]:
+    """The flags for `config`, each of them named."""
+    words: list[str] = []
+    for name, value in config.items():
+        flag = _flag(name, build)
+        if flag is None:
+            continue
+        if name == "kv_unified":
+            # Builds without the second flag have a cache for each slot unless they are told otherwise.
+            off = ["--no-kv-unified"] if "--no-kv-unified" in build.flags else []
+            words += [flag] if value else off
+        elif name == "mmap" and flag == "--load-mode":
+            words += [flag, "auto" if value else "none"]
+        elif flag.startswith("--no-"):
+            words += [] if value else [flag]
+        else:
+            words += [flag, str(value)]
+    return words
+
+
+def _fixed_words(config: Mapping[str, Value], target: Target, build: _Build) -> list[str]:
+    """What every trial of a target shares: nothing is adjusted, kept from earlier passes, or served beside it."""
+    wanted = [("--fit", "off"), ("--log-verbosity", LOG_LEVEL), ("--cache-ram", "0"), ("--offline",), ("--no-slots",)]
+    wanted.append(("--no-ui",) if "--no-ui" in build.flags else ("--no-webui",))
+    given = [word for words in wanted if words[0] in build.flags for word in words]
+    return ["--ctx-size", str(_context(config, target)), *given, *target.engine_args]
+
+
+@contextmanager
+def launch(config: Config, target: Target) -> Iterator[LlamaServer]:
+    """Start the engine, wait until it serves, send the load once to warm up, yield; stop it afterwards.
+
+    Raises:
+        Refused: llama-server or the model is not there.
+        RuntimeError: the engine cannot run this configuration, or the warm-up failed; the message holds the line of
+            its log that says why.
+    """
+    build, model = _build(), _llama._model(target)
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    argv = [
+        *(build.program, "--model", str(model.path), "--host", "127.0.0.1", "--port", str(port)),
+        *_words(config, build),
+        *_fixed_words(config, target, build),
+    ]
+    server = start_server(argv, name="llama-server", env=ENVIRONMENT, symptoms=SYMPTOMS)
+    try:
+        wait_until_ready(url, server, timeout_seconds=START_SECONDS)
+        endpoint = Endpoint.parse(url)
+        load = Load.of(
+            target,
+            models(endpoint)[0],
+            concurrency=int(config.get("concurrency", target.prompts)),
+            token_ids=_ordinary(model.tokens),
+            fields={"cache_prompt": False, **_whole_characters(target, model.tokens)},
+        )
+        engine = LlamaServer(Client(endpoint, load, server), server, config)
+        engine.run_pass()
+        yield engine
+    finally:
+        server.stop()
+
+
+def _whole_characters(target: Target, tokens: tuple[int, ...]) -> dict[str, object]:
+    """A field that keeps a generated model from single bytes: random ones are no UTF-8, and builds of 2026 (b10400)
+    answer such a text with `does not match the expected Content-only format`.
+    """
+    if target.model is not None:
+        return {}
+    ordinary = set(tokens)
+    return {"logit_bias": [[token, False] for token in range(max(tokens)) if token not in ordinary]}
+
+
+def _ordinary(tokens: tuple[int, ...]) -> range:
+    """The longest run of ids that are all ordinary tokens."""
+    best = run = range(tokens[0], tokens[0] + 1)
+    for token in tokens[1:]:
+        run = range(run.start, token + 1) if token == run.stop else range(token, token + 1)
+        best = run if len(run) > len(best) else best
+    return best
+
+
+class LlamaServer:
+    """A running `llama-server` and its client."""
+
+    def __init__(self, client: Client, server: Server, config: Config) -> None:
+        self._client = client
+        self._read = _said(server, config)
+
+    @property
+    def effective(self) -> Mapping[str, Value]:
+        """The parameters as the engine's log names them; `concurrency` is the client's."""
+        return {"concurrency": self._client.load.concurrency, **self._read}
+
+    def change(self, config: Config) -> None:
+        """Go on with another `concurrency`, the only parameter that is the client's."""
+        self._client.load = replace(
+            self._client.load, concurrency=int(config.get("concurrency", self._client.load.prompts))
+        )
+
+    def run_pass(self) -> Work:
+        """Send the whole load once and wait for the last answer.
+
+        Raises:
+            RuntimeError: the engine ended, refused requests, or did other work than was asked for.
+        """
+        return self._client.run_pass()
+
+
+# --- what the engine says --------------------------------------------------------------------
+
+
+def _said(server: Server, config: Config) -> dict[str, Value]:
+    """What the log says once it is complete, waited for at most a moment."""
+    give_up = time.monotonic() + SAID_SECONDS
+    while not (values := read_back(server.log(), config)).keys() >= {"parallel"} & config.keys():
+        if time.monotonic() > give_up:
+            break
+        time.sleep(0.01)
+    return values
+
+
+_MAPPED = re.compile(r"\(mmap = (true|false)")
+
+
+def read_back(log: str, config: Config) -> dict[str, Value]:
+    """The parameters of `config` that the log names, and the context; what is not said is absent.
+
+    Neither continuous batching nor polling is in it.
+    """
+    said: dict[str, Value] = _llama.read_back(log)
+    if "gpu_layers" in said:
+        said["n_gpu_layers"] = said.pop("gpu_layers")
+    if "mmap" not in said and (mapped := _MAPPED.search(log)):
+        said["mmap"] = mapped[1] == "true"
+        said["repack"] = "_REPACK model buffer size" in log
+    return {name: value for name, value in said.items() if name in config or name == "n_ctx"}
+
+
+# --- the same without tuner ------------------------------------------------------------------
+
+
+def command(config: Config, target: Target) -> str:
+    """The `llama-server` command that runs `config`, naming what differs from the engine's defaults.
+
+    The conditions of the measurement (no prompt cache, fixed output length) are not part of it.
+    """
+    return shlex.join(_command(config, target))
+
+
+def _command(config: Config, target: Target) -> list[str]:
+    build, model, default = _build(), _llama._model(target), space(target).default()
+    changed = {name: value for name, value in config.items() if value != default.get(name)}
+    # Naming a number of slots, even the automatic one, turns the automatic unified cache off.
+    if {"parallel", "kv_unified"} & changed.keys():
+        changed |= {name: config[name] for name in ("parallel", "kv_unified") if name in config}
+    # Left out, the batch phase takes the threads of generation, whatever their default.
+    if "threads" in changed and "threads_batch" in config:
+        changed["threads_batch"] = config["threads_batch"]
+    fit = ["--fit", "off"] if "--fit" in build.flags else []
+    words = ["llama-server", "--model", str(model.path), "--ctx-size", str(_context(config, target)), *fit]
+    return [*words, *_words(changed, build), *target.engine_args]
+
+
+def service(config: Config, target: Target) -> Service:
+    """How to run `config` for good: alone it listens to this machine only, in a container to its network."""
+    words, build = _command(config, target), _build()
+    gpus = bool(build.devices) and bool(config.get("n_gpu_layers", 0))
+    listen = ("--port", str(_llama.SERVICE_PORT), "--host")
+    return Service(
+        argv=(*words, *listen, "127.0.0.1"),
+        port=_llama.SERVICE_PORT,
+        image=_llama.IMAGES[gpus],
+        image_argv=(*words[1:], *listen, "0.0.0.0"),  # noqa: S104 - the container's own network
+        paths=(words[2],),
+        gpus=gpus,
+    )

@@ -1,0 +1,685 @@
+"""Ollama: `ollama serve` as a process of its own, reached over its native API.
+
+The server's settings are variables (`OLLAMA_NUM_PARALLEL`, ...), fixed when it starts; batch, threads and GPU layers
+are options of each request, and a change of them loads the model again. The OpenAI-compatible API cannot carry
+options, so the load goes through `/api/generate`: raw prompts, a fixed `num_predict`, tokens as the engine counts
+them. What the engine runs with is read back from its log, where the llama-server behind it speaks.
+
+The model has to be there (`ollama pull NAME`). What there is, and of which shape, is asked of a server that runs for
+that moment only, on a port of its own: the person's own server is left alone.
+
+Ollama cannot ignore an end of sequence. Each prompt therefore ends in the beginning of a count, which models go on
+with; a model that stops earlier all the same is an error and never a measurement.
+
+Glossary
+    slot    a request that is being generated; `num_parallel` of them share a step, each with a context of its own
+"""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tuner.serving import (
+    WORDS,
+    Answer,
+    Client,
+    Endpoint,
+    Load,
+    RequestFailed,
+    Server,
+    Symptoms,
+    beside,
+    cut,
+    first_line,
+    free_port,
+    start_server,
+    streamed,
+)
+from tuner.serving import wait_ready as wait_until_ready
+from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, closest
+from tuner.trial import Service, Target, Work, refuse_empty_load
+
+_llama: Any = beside(__file__, "llama")
+"""Its reading of llama.cpp's log, which is in Ollama's."""
+_vllm: Any = beside(__file__, "vllm")
+"""Its reading of nvidia-smi."""
+
+GIB = 2**30
+
+# --- the program -----------------------------------------------------------------------------
+
+INSTALL = "install it from the Ollama project and put it on the PATH, or set TUNE_OLLAMA=/path/to/ollama"
+
+READY = "/api/version"
+
+ASK_SECONDS = 60.0
+"""For a server that only answers questions; it looks for GPUs first."""
+
+
+def _program() -> str:
+    """The executable's path."""
+    named = os.environ.get("TUNE_OLLAMA")
+    found = shutil.which(Path(named).expanduser() if named else "ollama")
+    if found is None and named:
+        raise Refused(f"TUNE_OLLAMA={cut(named, 100)}: expected the ollama executable; {INSTALL}")
+    if found is None:
+        raise Refused(f"the ollama workload finds no ollama on the PATH; {INSTALL}")
+    return str(Path(found).absolute())
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What Ollama says about a model, and its own version."""
+
+    version: str
+    name: str
+    digest: str
+    bytes: int
+    quantisation: str
+    layers: int
+    context: int
+    """Tokens it was trained on; 0 where that is not said."""
+    cache_values_per_token: int
+    """Numbers that one token leaves in the cache, over all layers; 0 where that is not said."""
+
+
+def _model(target: Target) -> _Model:
+    for option, given in (
+        ("--size", target.size is not None),
+        ("--dummy-weights", target.dummy_weights),
+        ("--engine-arg", bool(target.engine_args)),
+    ):
+        if given:
+            raise Refused(
+                f"{option}: Ollama serves its own models as they are and takes no arguments; leave it out (variables "
+                "such as OLLAMA_SCHED_SPREAD reach it from the environment)"
+            )
+    program = _program()
+    return _asked(program, Path(program).stat().st_mtime_ns, target.model, os.environ.get("OLLAMA_MODELS"))
+
+
+@functools.lru_cache(maxsize=8)
+def _asked(program: str, _changed_ns: int, name: str | None, _folder: str | None) -> _Model:
+    """Ask a server that runs for this moment only."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile() as log:
+        server = start_server(
+            [program, "serve"], name="ollama", env=_environment(port), symptoms=SYMPTOMS, output=log.fileno()
+        )
+        try:
+            wait_until_ready(url, server, timeout_seconds=ASK_SECONDS, path=READY)
+            return _describe(Endpoint.parse(url), name)
+        except RuntimeError as error:
+            raise Refused(f"{program}: Ollama does not run here ({cut(str(error), 250)}); {INSTALL}") from error
+        finally:
+            server.stop()
+
+
+def _describe(endpoint: Endpoint, name: str | None) -> _Model:
+    """The model of that name, as this server knows it."""
+    offered = {str(m["name"]): m for m in _ask(endpoint, "/api/tags").get("models") or [] if "name" in m}
+    listed = cut(", ".join(offered) or "none", 200)
+    if name is None:
+        raise Refused(f"the ollama workload tunes a model of Ollama's: name it, --model NAME (there is {listed})")
+    found = offered.get(name) or offered.get(f"{name}:latest")
+    if found is None:
+        hint = f"; the system's service keeps its own in {SYSTEM_MODELS}: set OLLAMA_MODELS to that folder"
+        elsewhere = hint if SYSTEM_MODELS.is_dir() and "OLLAMA_MODELS" not in os.environ else ""
+        raise Refused(
+            f"--model {cut(name, 80)}: Ollama has no such model{closest(name, list(offered))} (there is {listed}); "
+            f"get it with: ollama pull {shlex.quote(cut(name, 80))}{elsewhere}"
+        )
+    shown = _ask(endpoint, "/api/show", {"model": found["name"]})
+    about = shown.get("model_info") or {}
+    own = {key.removeprefix(f"{about.get('general.architecture')}."): value for key, value in about.items()}
+    return _Model(
+        version=cut(str(_ask(endpoint, READY).get("version", "not said")), 80),
+        name=str(found["name"]),
+        digest=str(found.get("digest", "not said")),
+        bytes=int(found.get("size") or 0),
+        quantisation=cut(str((found.get("details") or {}).get("quantization_level") or "not said"), 40),
+        layers=_number(own.get("block_count")),
+        context=_number(own.get("context_length")),
+        cache_values_per_token=_cache_values(own),
+    )
+
+
+SYSTEM_MODELS = Path("/usr/share/ollama/.ollama/models")
+
+
+def _number(value: object) -> int:
+    return int(value) if isinstance(value, int | float) else 0
+
+
+def _cache_values(own: Mapping[str, Any]) -> int:
+    """Numbers that one token leaves in the cache; 0 where the shape is not said as one number a layer."""
+    heads, layers = _number(own.get("attention.head_count")), _number(own.get("block_count"))
+    kv_heads = _number(own.get("attention.head_count_kv", heads))
+    if not heads:
+        return 0
+    width = _number(own.get("embedding_length")) // heads
+    per_head = sum(_number(own.get(f"attention.{side}_length", width)) for side in ("key", "value"))
+    return per_head * kv_heads * layers
+
+
+def _ask(endpoint: Endpoint, path: str, body: object = None, seconds: float = 30.0) -> dict[str, Any]:
+    """The JSON object that a question brings.
+
+    Raises:
+        RuntimeError: nobody answers, or with an error, whose message it is.
+    """
+    connection = endpoint.connect(seconds)
+    try:
+        data = None if body is None else json.dumps(body)
+        connection.request("GET" if body is None else "POST", endpoint.root + path, data, endpoint.headers())
+        with connection.getresponse() as response:
+            answer = response.read()
+            said = json.loads(answer) if answer.strip() else {}
+            if response.status != http.HTTPStatus.OK:
+                raise RuntimeError(cut(str(said.get("error", answer.decode(errors="replace")))))
+            return dict(said)
+    except (OSError, http.client.HTTPException, ValueError, TypeError, AttributeError) as error:
+        raise RuntimeError(f"{path} brought no answer ({cut(str(error), 100) or type(error).__name__})") from error
+    finally:
+        connection.close()
+
+
+def describe(target: Target) -> str:
+    """One line that says what is being run."""
+    model = _model(target)
+    size = f"{model.bytes / 1e9:.1f} GB" if model.bytes >= 1e9 else f"{math.ceil(model.bytes / 1e6)} MB"
+    return f"Ollama {model.version}, model: {model.name} ({model.quantisation}, {model.layers} layers, {size})"
+
+
+# --- what may be tuned -----------------------------------------------------------------------
+
+VARIABLES: Mapping[str, str] = {
+    "num_parallel": "OLLAMA_NUM_PARALLEL",
+    "flash_attention": "OLLAMA_FLASH_ATTENTION",
+    "kv_cache_type": "OLLAMA_KV_CACHE_TYPE",
+}
+"""The server's settings."""
+
+OPTIONS = ("num_batch", "num_thread", "num_gpu")
+"""Options of each request; where one changes, the model is loaded again."""
+
+USUAL: Mapping[str, Value] = {
+    "num_parallel": 1,
+    "flash_attention": "auto",
+    "kv_cache_type": "f16",
+    "num_batch": 512,
+    "num_thread": "auto",
+}
+"""Ollama's own (docs/faq.mdx and api/types.go)."""
+
+BYTES_OF: Mapping[str, float] = {"f16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32}
+
+MOST_SLOTS = 64
+
+MEMORY_SHARE = 0.9
+"""Of a GPU's memory, for weights and cache."""
+
+
+def space(target: Target) -> SearchSpace:
+    """Settings of the server and options of the requests, most influential first.
+
+    Raises:
+        Refused: Ollama or the model is not there, or the load does not fit it.
+    """
+    refuse_empty_load(target)
+    model, gpus = _model(target), _vllm._gpus()
+    if 0 < model.context < target.prompt_tokens + target.output_tokens:
+        raise Refused(
+            f"--prompt-tokens {target.prompt_tokens} and --output-tokens {target.output_tokens}: expected at most "
+            f"{model.context} tokens together, the context of {model.name}"
+        )
+    cpus = len(os.sched_getaffinity(0))
+    parameters: list[Parameter] = []
+    if target.request_rate is None:
+        parameters.append(
+            Int(
+                name="concurrency",
+                meaning="requests that the client keeps in flight: beyond num_parallel they wait in the queue, and "
+                "with fewer some slots stay empty",
+                default=target.prompts,
+                low=1,
+                high=target.prompts,
+                log=True,
+                scope="request",
+            )
+        )
+    parameters.append(
+        Int(
+            name="num_parallel",
+            meaning="requests decoded together (OLLAMA_NUM_PARALLEL): each step reads all weights once for all of "
+            "them, so more share that cost, until computing becomes the limit; each takes a context of memory",
+            default=1,
+            low=1,
+            high=min(MOST_SLOTS, max(4, target.prompts)),
+        )
+    )
+    if gpus and model.layers:
+        whole = model.layers + 1
+        share = sum(g.bytes for g in gpus) * MEMORY_SHARE / max(_needed_bytes(model, {}, target), 1.0)
+        parameters.append(
+            Int(
+                name="num_gpu",
+                meaning=f"layers computed on {', '.join(g.name for g in gpus)} instead of the CPU; {whole} is all of "
+                "them and the output layer",
+                default=min(whole, math.floor(share * whole)),
+                low=0,
+                high=whole,
+                effect="numerics",
+                lever="offload",
+            )
+        )
+    parameters += [
+        Choice(
+            name="num_thread",
+            meaning="CPU threads that compute: beyond what saturates the memory bus they burn power without speed; "
+            "auto takes as many as the engine chooses",
+            default="auto",
+            values=("auto", *sorted({*_vllm._powers_of_two(1, cpus), cpus})),
+        ),
+        Choice(
+            name="num_batch",
+            meaning="prompt tokens computed at a time: small values read the weights again and again, large ones need "
+            "larger buffers",
+            default=512,
+            effect="numerics",
+            values=(32, 64, 128, 256, 512, 1024, 2048),
+            ordered=True,
+        ),
+        Choice(
+            name="flash_attention",
+            meaning="fused attention that never stores the score matrix (OLLAMA_FLASH_ATTENTION): fewer bytes moved, "
+            "more so with long context; auto turns it on where the device supports it",
+            default="auto",
+            effect="numerics",
+            values=("off", "on", "auto"),
+        ),
+    ]
+    if target.allow_lossy:
+        parameters.append(
+            Choice(
+                name="kv_cache_type",
+                meaning="precision of the cached keys and values (OLLAMA_KV_CACHE_TYPE): fewer bits are fewer bytes "
+                "read at long context, but cost time to convert, and can cost quality",
+                default="f16",
+                effect="lossy",
+                values=tuple(BYTES_OF),
+                ordered=True,
+            )
+        )
+    return SearchSpace(tuple(parameters), _constraints({p.name for p in parameters}, target, model, gpus))
+
+
+def _constraints(names: set[str], target: Target, model: _Model, gpus: Sequence[Any]) -> tuple[Constraint, ...]:
+    rules = []
+    if "kv_cache_type" in names:
+        rules.append(
+            Constraint(
+                "a quantised kv_cache_type needs flash_attention on",
+                lambda c: c["kv_cache_type"] == "f16" or c["flash_attention"] == "on",
+            )
+        )
+    memory, size = _memory_bytes(), model.bytes / GIB
+
+    def offloaded(config: Mapping[str, Value]) -> float:
+        return int(config.get("num_gpu", 0)) / (model.layers + 1)
+
+    rules.append(
+        Constraint(
+            f"weights ({size:.2g} GiB) and num_parallel contexts of {_context(target)} tokens fit into the "
+            f"{memory / GIB:.0f} GiB of main memory, as far as they are not on a GPU",
+            lambda c: (1 - offloaded(c)) * _needed_bytes(model, c, target) <= memory,
+        )
+    )
+    if "num_gpu" in names:
+        total = sum(g.bytes for g in gpus)
+        rules.append(
+            Constraint(
+                f"the share of weights ({size:.2g} GiB) and contexts on the GPU fits into {MEMORY_SHARE:.0%} of its "
+                f"{total / GIB:.0f} GiB: lower num_gpu or num_parallel",
+                lambda c: offloaded(c) * _needed_bytes(model, c, target) <= total * MEMORY_SHARE,
+            )
+        )
+    return tuple(rules)
+
+
+def _needed_bytes(model: _Model, config: Mapping[str, Value], target: Target) -> float:
+    """Weights, and a context for each slot."""
+    tokens = int(config.get("num_parallel", 1)) * _context(target)
+    return model.bytes + tokens * model.cache_values_per_token * BYTES_OF[str(config.get("kv_cache_type", "f16"))]
+
+
+def _memory_bytes() -> int:
+    """Main memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _context(target: Target) -> int:
+    """Tokens of a slot's context: a prompt of words is only about as long as asked for."""
+    return math.ceil((1.25 * target.prompt_tokens + target.output_tokens + 64) / 256) * 256
+
+
+def identity(target: Target) -> dict[str, str]:
+    """Engine, version, model and device: what must agree before results may meet."""
+    model = _model(target)
+    return {
+        "engine": "Ollama",
+        "engine_version": model.version,
+        "model": model.name,
+        "model_sha256": model.digest,
+        "device": ", ".join(gpu.name for gpu in _vllm._gpus()) or "cpu",
+    }
+
+
+# --- running it ------------------------------------------------------------------------------
+
+SYMPTOMS = Symptoms(
+    out_of_memory=(
+        r"(model requires more (?:system )?memory [^\"\n]*)",
+        r"(llama-server reported out-of-memory during startup[^\"\n]*)",
+        r"(cudaMalloc failed: out of memory.*)",
+        r"(CUDA error: out of memory.*)",
+        r"(failed to allocate .*buffer.*)",
+        r"(unable to allocate \S+ buffer.*)",
+        r"\bstd::bad_alloc\b.*",
+        r"(fatal error: runtime: (?:cannot allocate|out of) memory.*)",
+    ),
+    telling=(r"^Error: (.+)$", r"(?:llama-server|llama runner) process has terminated: ([^\"\n]+)"),
+)
+
+START_SECONDS = 1800.0
+"""Loading a large model from a slow disk."""
+
+SAID_SECONDS = 2.0
+"""The log's last lines may come a little later than what they tell."""
+
+COUNT = "1 2 3 4 5 6"
+"""The end of each prompt: what comes next is clear, and there is no end of it."""
+
+
+def _environment(port: int, config: Mapping[str, Value] | None = None, target: Target | None = None) -> dict[str, str]:
+    """Variables of the server; those of the user that are not named here reach it too."""
+    names = {
+        "OLLAMA_HOST": f"127.0.0.1:{port}",
+        # Nothing is unloaded, deleted, or sent elsewhere while it is measured.
+        "OLLAMA_KEEP_ALIVE": "-1",
+        "OLLAMA_MAX_LOADED_MODELS": "1",
+        "OLLAMA_MAX_QUEUE": "4096",
+        "OLLAMA_NOPRUNE": "1",
+        "OLLAMA_NO_CLOUD": "1",
+        "OLLAMA_LOAD_TIMEOUT": "30m",
+    }
+    if target is not None:
+        names["OLLAMA_CONTEXT_LENGTH"] = str(_context(target))
+    return names | _variables(config or {})
+
+
+def _variables(config: Mapping[str, Value]) -> dict[str, str]:
+    """The variables behind the server's settings; `auto` is no variable at all."""
+    values = {name: config[name] for name in VARIABLES if name in config and config[name] != "auto"}
+    flash = {"on": "1", "off": "0"}
+    return {VARIABLES[name]: flash.get(str(value), str(value)) for name, value in values.items()}
+
+
+def _options(config: Mapping[str, Value]) -> dict[str, Value]:
+    """The requests' options; `auto` is none."""
+    return {name: config[name] for name in OPTIONS if config.get(name, "auto") != "auto"}
+
+
+@contextmanager
+def launch(config: Config, target: Target) -> Iterator[OllamaServer]:
+    """Start the server, load the model, send the load once to warm up, yield; stop it afterwards.
+
+    Raises:
+        Refused: Ollama or the model is not there.
+        RuntimeError: the engine cannot run this configuration, or the warm-up failed; the message says why.
+    """
+    model = _model(target)
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    environment = _environment(port, config, target)
+    if config.get("flash_attention") == "auto":
+        # The user's own setting would be another configuration than it says.
+        environment["OLLAMA_FLASH_ATTENTION"] = ""
+    server = start_server([_program(), "serve"], name="Ollama", env=environment, symptoms=SYMPTOMS)
+    try:
+        wait_until_ready(url, server, timeout_seconds=START_SECONDS, path=READY)
+        load = _Load.of(
+            target,
+            model.name,
+            concurrency=int(config.get("concurrency", target.prompts)),
+            token_ids=None,
+            options={**_options(config), "num_ctx": _context(target)},
+        )
+        client = _Client(Endpoint.parse(url), load, server)
+        _load_model(client, server)
+        client.measure_words()
+        engine = OllamaServer(client, server, config)
+        engine.run_pass()
+        yield engine
+    finally:
+        server.stop()
+
+
+def _load_model(client: _Client, server: Server) -> None:
+    """A request without a prompt loads the model and generates nothing.
+
+    Raises:
+        RuntimeError: it cannot be loaded; the sentence says why.
+    """
+    load = client.load
+    body = {"model": load.model, "keep_alive": -1, "stream": False, "options": load.options}
+    try:
+        _ask(client.endpoint, "/api/generate", body, START_SECONDS)
+    except RuntimeError as error:
+        if (end := server.end(1.0)) is not None:
+            raise RuntimeError(f"Ollama ended while loading the model ({end}): {server.cause()}") from error
+        if lack := first_line(str(error), SYMPTOMS.out_of_memory) or server.lack_of_memory():
+            raise RuntimeError(f"out of memory: {lack}") from error
+        raise RuntimeError(f"Ollama cannot load {load.model}: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Load(Load):
+    """The load in the words of `/api/generate`."""
+
+    options: Mapping[str, Value] = field(default_factory=dict)
+
+    def body(self, number: int, request: int) -> bytes:
+        words = self.draw(number, request).choices(WORDS, k=self.words or self.prompt_tokens)
+        options: dict[str, object] = {
+            "temperature": 0,
+            "seed": self.seed % 2**31,
+            # A penalty for what was said before would work against the count.
+            "repeat_penalty": 1.0,
+            "stop": [],
+            **self.options,
+            "num_predict": self.output_tokens,
+        }
+        asked = {"model": self.model, "prompt": f"{' '.join(words)} {COUNT}", "raw": True, "stream": True}
+        return json.dumps(asked | {"keep_alive": -1, "options": options}).encode()
+
+
+class _Client(Client):
+    """Speaks Ollama's native API: one JSON object a line, the last one with the counts."""
+
+    load: _Load
+    streams = "application/x-ndjson"
+
+    def measure_words(self) -> None:
+        """`fit_words`, after which a server that died meanwhile is told as in a pass."""
+        try:
+            self.fit_words()
+        except RequestFailed as error:
+            self._tell([error], others_answered=False)
+
+    def path(self, load: Load) -> str:
+        """Where requests are sent."""
+        return f"{self.endpoint.root}/api/generate"
+
+    def read(self, response: http.client.HTTPResponse, at: float, load: Load) -> Answer:
+        """Lines up to the one that is `done`."""
+        arrivals: list[float] = []
+        last: Mapping[str, Any] | None = None
+        for now, line in streamed(response, at):
+            if not line.strip():
+                continue
+            piece = self.piece(line)
+            if piece.get("done"):
+                last = piece
+                break
+            arrivals.append(now)
+        seconds = time.perf_counter() - at
+        if last is None:
+            raise RequestFailed("Ollama: the stream was cut off before its last line")
+        counts = {"prompt_tokens": last.get("prompt_eval_count"), "completion_tokens": last.get("eval_count")}
+        if last.get("done_reason") == "stop" and _number(counts["completion_tokens"]) < load.output_tokens:
+            raise RuntimeError(
+                f"{load.model} ended an answer after {counts['completion_tokens']} of {load.output_tokens} tokens, and "
+                "Ollama cannot ignore an end of sequence; ask for fewer --output-tokens, or tune with a base model"
+            )
+        # Nanoseconds.
+        times = {"prompt_ms": last.get("prompt_eval_duration", 0) / 1e6, "predicted_ms": last["eval_duration"] / 1e6}
+        return self.answer(counts, times, arrivals, seconds, load)
+
+
+class OllamaServer:
+    """A running `ollama serve` and its client."""
+
+    def __init__(self, client: _Client, server: Server, config: Config) -> None:
+        self._client = client
+        self._read = _said(server, config)
+
+    @property
+    def effective(self) -> Mapping[str, Value]:
+        """The parameters as the engine's log names them; `concurrency` is the client's."""
+        return {"concurrency": self._client.load.concurrency, **self._read}
+
+    def change(self, config: Config) -> None:
+        """Go on with another `concurrency`, the only parameter that is the client's."""
+        self._client.load = replace(
+            self._client.load, concurrency=int(config.get("concurrency", self._client.load.prompts))
+        )
+
+    def run_pass(self) -> Work:
+        """Send the whole load once and wait for the last answer.
+
+        Raises:
+            RuntimeError: the engine ended, refused requests, or did other work than was asked for.
+        """
+        return self._client.run_pass()
+
+
+# --- what the engine says --------------------------------------------------------------------
+
+_STARTED = 'msg="starting llama-server"'
+_RUNNER = re.compile(
+    r"Parallel:(?P<num_parallel>\d+) BatchSize:(?P<num_batch>\d+) FlashAttention:(?P<flash_attention>\w+) "
+    r"KvSize:(?P<n_ctx>\d+) KvCacheType:(?P<kv_cache_type>\w*) NumThreads:(?P<num_thread>\d+)"
+)
+"""The line of versions that computed in a runner of their own (before 0.30)."""
+
+_NAMES: Mapping[str, str] = {
+    "parallel": "num_parallel",
+    "n_ubatch": "num_batch",
+    "threads": "num_thread",
+    "gpu_layers": "num_gpu",
+    "cache_type_k": "kv_cache_type",
+    "flash_attention": "flash_attention",
+    "n_ctx": "n_ctx",
+}
+
+
+def _said(server: Server, config: Config) -> dict[str, Value]:
+    """What the log says once it is complete, waited for at most a moment."""
+    give_up = time.monotonic() + SAID_SECONDS
+    while "num_parallel" not in (values := read_back(server.log(), config)) and time.monotonic() < give_up:
+        time.sleep(0.01)
+    return values
+
+
+def read_back(log: str, config: Config) -> dict[str, Value]:
+    """The parameters of `config` as the newest start of the inference process names them; what is not said is absent.
+
+    `n_ctx` is the context of all slots together.
+    """
+    said: dict[str, Value] = {}
+    if runner := list(_RUNNER.finditer(log)):
+        words = runner[-1].groupdict()
+        said = {name: int(word) for name, word in words.items() if word.isdigit()}
+        flash = {"auto": "auto", "enabled": "on", "disabled": "off"}
+        said["flash_attention"] = flash.get(words["flash_attention"].lower(), words["flash_attention"])
+        said["kv_cache_type"] = words["kv_cache_type"] or "f16"
+    newest = log[max(log.rfind(_STARTED), 0) :]
+    said |= {_NAMES[name]: value for name, value in _llama.read_back(newest).items() if name in _NAMES}
+    return {name: value for name, value in said.items() if name in config or name == "n_ctx"}
+
+
+# --- the same without tuner ------------------------------------------------------------------
+
+PORT = 11434
+"""Ollama's own default."""
+
+
+def _changed(config: Config, target: Target) -> tuple[dict[str, str], dict[str, Value]]:
+    """What differs from Ollama's own: the server's variables, the requests' options."""
+    default = space(target).default()
+    changed = {name: value for name, value in config.items() if value != default.get(name)}
+    return _variables(changed), _options(changed)
+
+
+def command(config: Config, target: Target) -> str:
+    """The command that serves `config`.
+
+    Options are not the server's: where they differ, a model with them is made beside it, NAME-tuned.
+    """
+    variables, options = _changed(config, target)
+    words = ["env", *(f"{name}={value}" for name, value in variables.items())] if variables else []
+    if not options:
+        return shlex.join([*words, "ollama", "serve"])
+    model = _model(target).name
+    lines = shlex.join([f"FROM {model}", *(f"PARAMETER {name} {value}" for name, value in options.items())])
+    script = (
+        "ollama serve & until ollama list > /dev/null 2>&1; do sleep 1; done; "
+        f"printf '%s\\n' {lines} > Modelfile; ollama create {shlex.quote(_tuned(model))} -f Modelfile; wait"
+    )
+    return shlex.join([*words, "sh", "-c", script])
+
+
+def _tuned(model: str) -> str:
+    return f"{model.removesuffix(':latest').replace(':', '-')}-tuned"
+
+
+def service(config: Config, target: Target) -> Service:
+    """How to run `config` for good: the server with its variables, and a Modelfile with what belongs to the model."""
+    variables, options = _changed(config, target)
+    model = _model(target).name
+    lines = [f"# ollama create {_tuned(model)} -f Modelfile"]
+    lines += [f"# the server needs {name}={value} in its environment" for name, value in variables.items()]
+    lines += [f"FROM {model}", *(f"PARAMETER {name} {value}" for name, value in options.items())]
+    return Service(
+        argv=("ollama", "serve"),
+        env={"OLLAMA_HOST": f"127.0.0.1:{PORT}", **variables},
+        port=PORT,
+        gpus=bool(_vllm._gpus()),
+        modelfile="\n".join(lines),
+    )

@@ -1,0 +1,676 @@
+"""SGLang: its server as a process of its own, reached over HTTP.
+
+The tuned flags are named; what the engine works out from the GPU's size (`auto`) is left to it, so that the default
+configuration is the engine's own. What it runs with is read back from its `/server_info`. Flags come and go between
+versions: the installed one is asked for its help once, the answer is kept on disk, a flag that it lacks is left out,
+and the values of a flag that lists them are read from there.
+
+Without a model the one that the `vllm` workload writes is served with weights drawn by the engine
+(`--load-format dummy`): speed and energy are those of that shape, what it says has no meaning.
+
+Neither SGLang nor torch is imported here: SGLang lives in an environment of its own (TUNE_SGLANG names that
+environment's python, or the `sglang` executable in it).
+
+Glossary
+    radix cache   prompts that begin alike share the cache of their beginning
+    page          tokens whose keys and values are kept together in the cache
+    chunk         a long prompt's part that is computed in one step
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tuner.serving import Client, Endpoint, Load, Server, Symptoms, beside, cut, free_port, models, start_server
+from tuner.serving import wait_ready as wait_until_ready
+from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, show
+from tuner.trial import Service, Target, Work, refuse_empty_load
+
+_vllm: Any = beside(__file__, "vllm")
+"""Its generated model, its reading of config.json, nvidia-smi and argparse's help: both engines take the same."""
+
+GIB = 2**30
+MODULE = ("-m", "sglang.launch_server")
+
+# --- the program -----------------------------------------------------------------------------
+
+INSTALL = (
+    "install it in an environment of its own (python -m venv sglang-env; sglang-env/bin/pip install sglang) and set "
+    "TUNE_SGLANG=sglang-env/bin/python"
+)
+
+HELP_SECONDS = 600.0
+"""It imports torch to print its help."""
+
+
+def _program() -> tuple[str, ...]:
+    """The words that start the server: TUNE_SGLANG, else `sglang` on the PATH, else the module of this Python."""
+    if named := os.environ.get("TUNE_SGLANG"):
+        found = shutil.which(Path(named).expanduser())
+        if found is None:
+            raise Refused(f"TUNE_SGLANG={cut(named, 100)}: expected a python that has SGLang, or sglang; {INSTALL}")
+    else:
+        found = shutil.which("sglang")
+    if found is not None:
+        path = str(Path(found).absolute())
+        return (path, *MODULE) if Path(path).name.startswith("python") else (path, "serve")
+    if importlib.util.find_spec("sglang") is not None:
+        return (sys.executable, *MODULE)
+    raise Refused(f"the sglang workload needs SGLang, and there is no sglang on the PATH; {INSTALL}")
+
+
+@dataclass(frozen=True)
+class _Build:
+    """The installed SGLang."""
+
+    version: str
+    flags: Mapping[str, Any]
+    """What the help says of each flag, with the `choices` that it lists."""
+
+    def listed(self, flag: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of `wanted` that the help lists for a flag."""
+        return tuple(v for v in wanted if flag in self.flags and v in self.flags[flag].choices)
+
+
+def _build() -> _Build:
+    program = _program()
+    return _asked(program, Path(program[0]).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _asked(program: tuple[str, ...], changed_ns: int) -> _Build:
+    """Version and flags, from disk where this very program was asked before."""
+    version = _version(program)
+    key = hashlib.sha256(json.dumps([program, changed_ns, version]).encode()).hexdigest()[:16]
+    name = f"sglang-{re.sub(r'[^A-Za-z0-9.+-]', '_', version)}-{key}.txt"
+    kept = _vllm._cache_folder() / "engines" / name
+    text = ""
+    with suppress(OSError):
+        text = kept.read_text()
+    if "--max-running-requests" not in text:
+        text = _run((*program, "--help"))
+        if "--max-running-requests" not in text:
+            raise Refused(f"{shlex.join(program)}: expected SGLang, but --help lists no --max-running-requests")
+        with suppress(OSError):  # without a cache it is only slower
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            part = kept.with_suffix(f".{os.getpid()}.part")
+            part.write_text(text)
+            part.replace(kept)
+    return _Build(version, _vllm.parse_help(text))
+
+
+def _version(program: tuple[str, ...]) -> str:
+    """From the installed package's own records, which takes no time; else `not said`."""
+    for place in (Path(program[0]).parent.parent, Path(program[0]).resolve().parent.parent):
+        for found in sorted(place.glob("lib/python3*/site-packages/sglang-*.dist-info")):
+            return found.name.removeprefix("sglang-").removesuffix(".dist-info")
+    return "not said"
+
+
+def _run(words: tuple[str, ...]) -> str:
+    """Standard output of a short run of the program."""
+    try:
+        done = subprocess.run(
+            words,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            # Help is wrapped to the terminal's width; with a fixed one it reads the same everywhere.
+            env={**os.environ, **ENVIRONMENT, "COLUMNS": "80"},
+            timeout=HELP_SECONDS,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Refused(f"{shlex.join(words)}: SGLang does not run here ({cut(str(error), 120)}); {INSTALL}") from error
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        raise Refused(f"{shlex.join(words)}: SGLang does not run here ({cut(last, 200)}); {INSTALL}")
+    return done.stdout
+
+
+# --- the machine and the model ---------------------------------------------------------------
+
+
+def _gpus(target: Target) -> tuple[Any, ...]:
+    """The GPUs to run on; none where the user asks for the CPU."""
+    words = " ".join(target.engine_args).replace("=", " ").split()
+    if ("--device", "cpu") in itertools.pairwise(words):
+        return ()
+    if gpus := _vllm._gpus():
+        return tuple(gpus)
+    raise Refused(
+        "SGLang runs on GPUs, and nvidia-smi shows none here; a build of it for CPUs is asked for with "
+        "--engine-arg --device=cpu"
+    )
+
+
+def _context(target: Target, model: Any) -> int:
+    """Tokens that a request may have. The engine keeps a few of them to itself."""
+    wanted = math.ceil((target.prompt_tokens + target.output_tokens + SPARE_TOKENS) / 16) * 16
+    return min(wanted, model.context) if model.context else wanted
+
+
+SPARE_TOKENS = 8
+
+
+def describe(target: Target) -> str:
+    """One line that says what is being run, and which flags this version lacks."""
+    build, model = _build(), _vllm._model(target)
+    size = f"{model.weights / 1e9:.1f}G" if model.weights >= 1e9 else f"{round(model.weights / 1e6)}M"
+    kind = f"SGLang {build.version}, model: {model.name} ({size} weights, {model.layers} layers"
+    drawn = ", drawn at random: speed and energy are those of its shape, its text is meaningless"
+    said = f"{kind}{drawn if _vllm._is_dummy(target) else ''})"
+    lacking = notes(target)
+    return f"{said}; {'; '.join(lacking)}" if lacking else said
+
+
+# --- what may be tuned -----------------------------------------------------------------------
+
+FLAGS: Mapping[str, tuple[str, ...]] = {
+    "max_running_requests": ("--max-running-requests",),
+    "chunked_prefill_size": ("--chunked-prefill-size",),
+    "max_prefill_tokens": ("--max-prefill-tokens",),
+    "schedule_policy": ("--schedule-policy",),
+    "schedule_conservativeness": ("--schedule-conservativeness",),
+    "radix_cache": ("--disable-radix-cache",),
+    "stream_interval": ("--stream-interval",),
+    "mem_fraction_static": ("--mem-fraction-static",),
+    "disable_cuda_graph": ("--disable-cuda-graph", "--disable-decode-cuda-graph"),
+    "cuda_graph_max_bs": ("--cuda-graph-max-bs-decode", "--cuda-graph-max-bs"),
+    "attention_backend": ("--attention-backend",),
+    "page_size": ("--page-size",),
+    "tp_size": ("--tp-size", "--tensor-parallel-size"),
+    "kv_cache_dtype": ("--kv-cache-dtype",),
+    "quantization": ("--quantization",),
+}
+"""The flags behind each parameter of the engine: the first one that the installed version has is used."""
+
+ALIASES: Mapping[str, str] = {"--tp": "--tp-size", "--tensor-parallel-size": "--tp-size"}
+
+AUTO = "auto"
+"""What the engine works out itself; no flag is given."""
+
+NO_LIMIT = 2048
+"""Running requests that the engine allows at least when it is told nothing (0.5)."""
+
+NEED_RADIX_CACHE = ("lpm", "dfs-weight")
+"""Policies that go by it: without one the engine falls back to another policy without a word."""
+
+
+def space(target: Target) -> SearchSpace:
+    """Flags of the installed SGLang for this machine, model and load, most influential first.
+
+    Raises:
+        Refused: SGLang or the model is not there, or the load does not fit it.
+    """
+    return _space(target)[0]
+
+
+def notes(target: Target) -> list[str]:
+    """What was left out of the space, and why."""
+    return _space(target)[1]
+
+
+def _space(target: Target) -> tuple[SearchSpace, list[str]]:
+    refuse_empty_load(target)
+    build, model = _build(), _vllm._model(target)
+    gpus = _gpus(target)
+    if 0 < model.context < target.prompt_tokens + target.output_tokens + SPARE_TOKENS:
+        raise Refused(
+            f"--prompt-tokens {target.prompt_tokens} and --output-tokens {target.output_tokens}: expected at most "
+            f"{model.context - SPARE_TOKENS} tokens together, the context of {model.name} less {SPARE_TOKENS}"
+        )
+    fixed = {ALIASES.get(word.partition("=")[0], word.partition("=")[0]) for word in target.engine_args}
+    said: list[str] = []
+    kept: list[Parameter] = []
+    for parameter in _parameters(target, build, model, gpus):
+        flags = FLAGS.get(parameter.name, ())
+        if flags and not any(flag in build.flags for flag in flags):
+            said.append(f"{parameter.name} is left out: SGLang {build.version} has no {flags[0]}")
+        elif taken := fixed.intersection(flags):
+            said.append(f"{parameter.name} is left out: --engine-args fixes {min(taken)}")
+        else:
+            kept.append(parameter)
+    return SearchSpace(tuple(kept), _constraints({p.name for p in kept}, target, model, gpus)), said
+
+
+def _parameters(target: Target, build: _Build, model: Any, gpus: Sequence[Any]) -> list[Parameter]:
+    """Every parameter that could be offered here, whether this version has its flag or not."""
+    parameters: list[Parameter] = []
+    if target.request_rate is None:
+        parameters.append(
+            Int(
+                name="concurrency",
+                meaning="requests that the client keeps in flight: beyond max_running_requests they wait in the queue, "
+                "and with fewer the steps are not full",
+                default=target.prompts,
+                low=1,
+                high=target.prompts,
+                log=True,
+                scope="request",
+            )
+        )
+    powers = _vllm._powers_of_two
+    parameters += [
+        Choice(
+            name="max_running_requests",
+            meaning="requests that share a step: each step reads all weights once for all of them, so more share that "
+            "cost until arithmetic or the cache's size becomes the limit",
+            default=NO_LIMIT,
+            values=tuple(sorted({*powers(1, min(NO_LIMIT, _vllm._power_of_two(target.prompts))), NO_LIMIT})),
+            ordered=True,
+        ),
+        Choice(
+            name="chunked_prefill_size",
+            meaning="prompt tokens computed in a step, -1 for whole prompts: large chunks are efficient, small ones "
+            "need less working memory and keep the wait between two tokens short",
+            default=_usual_chunk(gpus),
+            values=(*powers(512, 16384), -1),
+            ordered=True,
+        ),
+        Choice(
+            name="max_prefill_tokens",
+            meaning="prompt tokens of all requests that are admitted to a step together",
+            default=16384,
+            values=powers(1024, 65536),
+            ordered=True,
+        ),
+        Choice(
+            name="schedule_policy",
+            meaning="which waiting request is taken next: fcfs the oldest, lpm the one with the longest cached "
+            "beginning, lof the one with the longest answer",
+            default="fcfs",
+            values=build.listed("--schedule-policy", ("fcfs", "lpm", "dfs-weight", "lof", "random")) or ("fcfs",),
+        ),
+        Choice(
+            name="schedule_conservativeness",
+            meaning="how much cache is kept free for running requests before new ones are admitted: low fills the "
+            "steps, too low takes requests back when the cache runs out",
+            default=1.0,
+            values=(0.3, 0.5, 0.8, 1.0, 1.3),
+            ordered=True,
+        ),
+        Choice(
+            name="radix_cache",
+            meaning="keep the cache of prompts that begin alike: the prompts of this load never do, so what is "
+            "measured is what the bookkeeping costs",
+            default=True,
+            values=(False, True),
+        ),
+        Choice(
+            name="stream_interval",
+            meaning="tokens that are sent to the client in one piece: fewer, larger pieces cost the server less CPU "
+            "time, and the client waits longer between them",
+            default=1,
+            values=(1, 2, 4, 8, 16),
+            ordered=True,
+        ),
+    ]
+    if gpus:
+        parameters += _gpu_parameters(build, model, gpus)
+    return parameters + (_lossy(build, model, gpus) if target.allow_lossy else [])
+
+
+def _gpu_parameters(build: _Build, model: Any, gpus: Sequence[Any]) -> list[Parameter]:
+    backends = build.listed("--attention-backend", ("flashinfer", "fa3", "triton", "torch_native"))
+    parameters: list[Parameter] = [
+        Choice(
+            name="mem_fraction_static",
+            meaning="share of the GPU's memory for weights and cache: more cache holds more requests, and memory that "
+            "is too tight fails under load; auto keeps back what the engine expects to need",
+            default=AUTO,
+            values=(AUTO, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95),
+        ),
+        Choice(
+            name="disable_cuda_graph",
+            meaning="start each kernel of a step by itself instead of replaying a recorded graph: a faster start, and "
+            "slower small steps",
+            default=False,
+            effect="numerics",
+            values=(False, True),
+        ),
+        Choice(
+            name="cuda_graph_max_bs",
+            meaning="largest number of requests in a step for which a graph is recorded: larger steps run without one, "
+            "and each recorded size takes memory; auto goes by the GPU's size",
+            default=AUTO,
+            effect="numerics",
+            values=(AUTO, 8, 16, 32, 64, 128, 256, 512),
+        ),
+        Choice(
+            name="attention_backend",
+            meaning="kernels that compute attention; auto takes the engine's choice for this GPU and model",
+            default=AUTO,
+            effect="numerics",
+            values=(AUTO, *backends),
+        ),
+        Choice(
+            name="page_size",
+            meaning="tokens in a page of the cache: small pages waste less memory, large ones are found faster; auto "
+            "takes what the attention kernels need",
+            default=AUTO,
+            effect="numerics",
+            values=(AUTO, 1, 16, 32, 64),
+        ),
+    ]
+    widths = tuple(n for n in _vllm._powers_of_two(1, len(gpus)) if model.heads % n == 0)
+    if len(widths) > 1:
+        parameters.append(
+            Choice(
+                name="tp_size",
+                meaning="GPUs that share each layer: more of them finish a step sooner, draw power together and "
+                "exchange results after every layer",
+                default=1,
+                effect="numerics",
+                lever="offload",
+                values=widths,
+                ordered=True,
+            )
+        )
+    return parameters
+
+
+def _lossy(build: _Build, model: Any, gpus: Sequence[Any]) -> list[Parameter]:
+    """Parameters that can cost quality."""
+    parameters: list[Parameter] = []
+    cache = build.listed("--kv-cache-dtype", (AUTO, "fp8_e5m2", "fp8_e4m3", "bf16"))
+    if gpus and len(cache) > 1:
+        parameters.append(
+            Choice(
+                name="kv_cache_dtype",
+                meaning="precision of the cached keys and values: 8 bits hold twice the requests and move half the "
+                "bytes, and can cost quality",
+                default=AUTO,
+                effect="lossy",
+                values=cache,
+            )
+        )
+    if gpus and model.quantised is None and build.listed("--quantization", ("fp8",)):
+        parameters.append(
+            Choice(
+                name="quantization",
+                meaning="quantise the weights while they are loaded: fp8 halves the bytes that each step reads, and "
+                "can cost quality",
+                default="none",
+                effect="lossy",
+                values=("none", "fp8"),
+            )
+        )
+    return parameters
+
+
+def _usual_chunk(gpus: Sequence[Any]) -> int:
+    """What the engine takes by itself (`handle_gpu_memory_settings`, SGLang 0.5.23)."""
+    gib = gpus[0].bytes / GIB if gpus else 0.0
+    for below, chunk in ((20, 2048), (60, 4096), (160, 8192)):
+        if 0 < gib < below:
+            return chunk
+    return 16384 if gpus else 4096
+
+
+def _constraints(names: set[str], target: Target, model: Any, gpus: Sequence[Any]) -> tuple[Constraint, ...]:
+    rules = []
+    if {"schedule_policy", "radix_cache"} <= names:
+        rules.append(
+            Constraint(
+                f"schedule_policy {' and '.join(NEED_RADIX_CACHE)} need radix_cache",
+                lambda c: bool(c["radix_cache"]) or c["schedule_policy"] not in NEED_RADIX_CACHE,
+            )
+        )
+    if {"disable_cuda_graph", "cuda_graph_max_bs"} <= names:
+        rules.append(
+            Constraint(
+                "with disable_cuda_graph there is no cuda_graph_max_bs but auto",
+                lambda c: not c["disable_cuda_graph"] or c["cuda_graph_max_bs"] == AUTO,
+            )
+        )
+    if {"page_size", "chunked_prefill_size"} <= names:
+        rules.append(
+            Constraint(
+                "a chunk is a whole number of pages: chunked_prefill_size is a multiple of page_size",
+                lambda c: (
+                    c["page_size"] == AUTO or int(c["chunked_prefill_size"]) % int(c["page_size"]) == 0
+                    if c["chunked_prefill_size"] != -1
+                    else True
+                ),
+            )
+        )
+    if gpus and "mem_fraction_static" in names:
+        memory, context = float(min(gpu.bytes for gpu in gpus)), _context(target, model)
+
+        def fits(config: Mapping[str, Value]) -> bool:
+            asked = config.get("mem_fraction_static", AUTO)
+            share = MOST_SHARE if asked == AUTO else float(asked)
+            alike = {**config, "tensor_parallel_size": config.get("tp_size", 1)}
+            return float(_vllm._needed_bytes(model, alike, context)) <= share * memory
+
+        rules.append(
+            Constraint(
+                f"weights ({model.weights / 1e9:.1f}G of them), the cache of one request ({context} tokens) and "
+                f"1 GiB of working memory fit into mem_fraction_static of the GPU's {memory / GIB:.0f} GiB",
+                fits,
+            )
+        )
+    return tuple(rules)
+
+
+MOST_SHARE = 0.95
+"""Of a GPU's memory, where the engine chooses the share."""
+
+
+def identity(target: Target) -> dict[str, str]:
+    """Engine, version, model and device: what must agree before results may meet."""
+    build, model = _build(), _vllm._model(target)
+    return {
+        "engine": "SGLang",
+        "engine_version": build.version,
+        "model": model.name,
+        "model_sha256": _vllm._fingerprint(model),
+        "weights": "drawn at random" if _vllm._is_dummy(target) else "the model's own",
+        "device": ", ".join(gpu.name for gpu in _gpus(target)) or "cpu",
+        **({"engine_args": shlex.join(target.engine_args)} if target.engine_args else {}),
+    }
+
+
+# --- running it ------------------------------------------------------------------------------
+
+ENVIRONMENT: Mapping[str, str] = {
+    # A trial downloads nothing and reports to nobody.
+    "HF_HUB_OFFLINE": "1",
+    "DO_NOT_TRACK": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+
+SYMPTOMS = Symptoms(
+    out_of_memory=(
+        r"(?:torch\.(?:cuda\.)?OutOfMemoryError: )?(?:CUDA|HIP) out of memory.*",
+        r"Not enough memory\. Please try to increase --mem-fraction-static.*",
+        r"(?:Prefill|Decode) out of memory\. .*",
+        r"alloc_req_slots runs out of memory.*",
+        r"(?:CUDA error|Triton Error \[CUDA\]): out of memory.*",
+        r"DefaultCPUAllocator: (?:can't|not enough) .*memory.*",
+        r"\bstd::bad_alloc\b.*",
+    ),
+    telling=(r"(\[Errno \d+\] error while attempting to bind .*)", r"\berror: (?:unrecognized|argument) .*"),
+)
+
+START_SECONDS = 1800.0
+"""Loading a large model and recording its graphs."""
+
+
+def _flag(name: str, build: _Build) -> str | None:
+    return next((flag for flag in FLAGS.get(name, ()) if flag in build.flags), None)
+
+
+def _words(config: Mapping[str, Value], build: _Build) -> list[str]:
+    """The flags for `config`; what is left to the engine has none."""
+    words: list[str] = []
+    for name, value in config.items():
+        flag = _flag(name, build)
+        if flag is None or value in (AUTO, "none"):
+            continue
+        if isinstance(value, bool):
+            words += [flag] if value == (not flag.endswith("radix-cache")) else []
+        else:
+            words += [flag, show(value)]
+    return words
+
+
+def _fixed_words(target: Target, build: _Build, model: Any) -> list[str]:
+    """Flags that every trial of a target shares."""
+    words = ["--context-length", str(_context(target, model)), "--random-seed", str(target.seed % 2**31)]
+    if _vllm._is_dummy(target):
+        words += ["--load-format", "dummy"]
+    # A model's own generation settings may reshape its output.
+    if "--sampling-defaults" in build.flags:
+        words += ["--sampling-defaults", "openai"]
+    return [*words, *target.engine_args]
+
+
+@contextmanager
+def launch(config: Config, target: Target) -> Iterator[SglangServer]:
+    """Start the engine, wait until it serves, send the load once to warm up, yield; stop it afterwards.
+
+    Raises:
+        Refused: SGLang or the model is not there.
+        RuntimeError: the engine cannot run this configuration, or the warm-up failed; the message holds the line of
+            its log that says why.
+    """
+    build, model = _build(), _vllm._model(target)
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    argv = [
+        *(*_program(), "--model-path", str(model.folder), "--host", "127.0.0.1", "--port", str(port)),
+        *_words(config, build),
+        *_fixed_words(target, build, model),
+    ]
+    server = start_server(argv, name="SGLang", env=ENVIRONMENT, symptoms=SYMPTOMS)
+    try:
+        wait_until_ready(url, server, timeout_seconds=START_SECONDS)
+        endpoint = Endpoint.parse(url)
+        load = Load.of(
+            target,
+            models(endpoint)[0],
+            concurrency=int(config.get("concurrency", target.prompts)),
+            token_ids=_vllm._ordinary(model),
+        )
+        engine = SglangServer(Client(endpoint, load, server), server, config)
+        engine.run_pass()
+        yield engine
+    finally:
+        server.stop()
+
+
+class SglangServer:
+    """A running SGLang server and its client."""
+
+    def __init__(self, client: Client, server: Server, config: Config) -> None:
+        self._client = client
+        self._read = read_back(_server_info(client.endpoint), config)
+
+    @property
+    def effective(self) -> Mapping[str, Value]:
+        """The parameters as the engine's `/server_info` names them; `concurrency` is the client's."""
+        return {"concurrency": self._client.load.concurrency, **self._read}
+
+    def change(self, config: Config) -> None:
+        """Go on with another `concurrency`, the only parameter that is the client's."""
+        self._client.load = replace(
+            self._client.load, concurrency=int(config.get("concurrency", self._client.load.prompts))
+        )
+
+    def run_pass(self) -> Work:
+        """Send the whole load once and wait for the last answer.
+
+        Raises:
+            RuntimeError: the engine ended, refused requests, or did other work than was asked for.
+        """
+        return self._client.run_pass()
+
+
+# --- what the engine says --------------------------------------------------------------------
+
+
+def _server_info(endpoint: Endpoint) -> Mapping[str, Any]:
+    """The newer path first; the older one still answers, with a warning."""
+    for path in ("/server_info", "/get_server_info"):
+        with suppress(OSError, ValueError):
+            status, body = endpoint.get(path)
+            if status == 200 and isinstance(said := json.loads(body), dict):
+                return said
+    return {}
+
+
+def read_back(info: Mapping[str, Any], config: Config) -> dict[str, Value]:
+    """The parameters of `config` as `/server_info` gives them, and the cache that it found room for.
+
+    What is not said is absent. For what was left to the engine it is the engine's choice.
+    """
+    said: dict[str, Any] = {name: info.get(name) for name in config}
+    if isinstance(off := info.get("disable_radix_cache"), bool):
+        said["radix_cache"] = not off
+    graphs = info.get("cuda_graph_config")
+    decode = graphs.get("decode") if isinstance(graphs, dict) else None
+    if isinstance(decode, dict):
+        said["cuda_graph_max_bs"] = decode.get("max_bs")
+        if "backend" in decode:
+            said["disable_cuda_graph"] = decode["backend"] == "disabled"
+    if "quantization" in config and "quantization" in info:
+        said["quantization"] = info["quantization"] or "none"
+    said = {name: value for name, value in said.items() if name in config}
+    said["kv_cache_tokens"] = info.get("max_total_num_tokens")
+    return {name: value for name, value in said.items() if isinstance(value, bool | int | float | str)}
+
+
+# --- the same without tuner ------------------------------------------------------------------
+
+PORT = 30000
+"""The engine's own default."""
+
+
+def command(config: Config, target: Target) -> str:
+    """The command that runs `config`, naming what differs from the engine's defaults."""
+    model = _vllm._model(target)
+    return shlex.join([*_command(config, target), "--context-length", str(_context(target, model))])
+
+
+def _command(config: Config, target: Target) -> list[str]:
+    build, model, default = _build(), _vllm._model(target), space(target).default()
+    changed = {name: value for name, value in config.items() if value != default.get(name)}
+    shown = str(model.folder) if model.generated or Path(model.name).expanduser().is_dir() else model.name
+    dummy = ["--load-format", "dummy"] if _vllm._is_dummy(target) else []
+    start = ["python3", *MODULE, "--model-path", shown]
+    return [*start, *dummy, *_words(changed, build), *target.engine_args]
+
+
+def service(config: Config, target: Target) -> Service:
+    """How to run `config` for good. The image has no entry point of the engine's: its words are the whole command."""
+    words, build = _command(config, target), _build()
+    gpus, model = bool(_gpus(target)), words[4]
+    listen = ("--port", str(PORT), "--host")
+    known = re.fullmatch(r"\d[\w.]*", build.version)
+    return Service(
+        argv=(*words, *listen, "127.0.0.1"),
+        port=PORT,
+        image=f"lmsysorg/sglang:v{build.version}" if gpus and known else None,
+        image_argv=(*words, *listen, "0.0.0.0") if gpus and known else (),  # noqa: S104 - the container's network
+        paths=(model,) if Path(model).is_absolute() else (),
+        gpus=gpus,
+    )

@@ -1,0 +1,428 @@
+"""The SGLang runner: against a stand-in that speaks its flags and its API. SGLang itself needs a GPU."""
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import psutil
+import pytest
+from contracts.runner_contract import RunnerContract
+
+from tuner.space import Refused
+from tuner.trial import Target
+
+RUNNER = Path(__file__).parents[1] / "runners" / "sglang.py"
+FAKES = Path(__file__).parent / "fakes"
+CPU = ("--device", "cpu")
+LOAD = Target(prompts=4, prompt_tokens=16, output_tokens=4, engine_args=CPU)
+ON_GPU = replace(LOAD, engine_args=())
+LOSSY = replace(ON_GPU, allow_lossy=True)
+H100 = ("NVIDIA H100 80GB HBM3", 81559)
+L4 = ("NVIDIA L4", 23034)
+STAND_IN = f"import runpy, sys\nrunpy.run_path({str(FAKES / 'sglang_server.py')!r}, run_name='__main__')"
+
+
+@pytest.fixture(scope="session")
+def sglang():
+    spec = importlib.util.spec_from_file_location("sglang_runner_under_test", RUNNER)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def script(path, code=STAND_IN):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!{sys.executable}\n{code}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture(scope="session")
+def executable(tmp_path_factory):
+    """One for all tests that change nothing about it: the runner asks each program for its help once."""
+    home = tmp_path_factory.mktemp("env")
+    (home / "lib" / "python3.12" / "site-packages" / "sglang-0.5.23.dist-info").mkdir(parents=True)
+    return script(home / "bin" / "python")
+
+
+@pytest.fixture(autouse=True)
+def stand_in(executable, tmp_path, monkeypatch):
+    """An environment with SGLang, a cache that is empty, and nothing else of this machine's."""
+    monkeypatch.setenv("TUNE_SGLANG", str(executable))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("HF_HOME", "HF_HUB_CACHE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A program of this test's own, which nobody has asked yet."""
+    path = script(tmp_path / "bin" / "sglang")
+    monkeypatch.setenv("TUNE_SGLANG", str(path))
+    return path
+
+
+@pytest.fixture
+def gpus(tmp_path, monkeypatch):
+    """A machine with GPUs, as nvidia-smi shows it."""
+
+    def put(*gpus):
+        lines = "".join(f"{i}, GPU-{i}, {name}, {mib}\n" for i, (name, mib) in enumerate(gpus))
+        script(tmp_path / "smi" / "nvidia-smi", f"print({lines!r}, end='')")
+        monkeypatch.setenv("PATH", f"{tmp_path / 'smi'}:{os.environ['PATH']}")
+
+    return put
+
+
+def model_folder(folder, **changes):
+    """A folder as Hugging Face's models are."""
+    folder.mkdir(parents=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "torch_dtype": "bfloat16",
+        **changes,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+class TestSglang(RunnerContract):
+    # A size of a chunk that is no whole number of pages; the CPU's space has no pages.
+    unloadable: ClassVar = {"page_size": 48}
+    one_clock: ClassVar = "a server's client sees only the first token, queue and all"
+
+    @pytest.fixture
+    def runner(self, sglang):
+        return sglang
+
+    @pytest.fixture
+    def target(self):
+        return LOAD
+
+
+# --- the program
+
+
+def test_without_sglang_it_is_said_how_to_install_it(sglang, monkeypatch):
+    monkeypatch.delenv("TUNE_SGLANG")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(Refused, match=r"there is no sglang on the PATH; install it .*set TUNE_SGLANG="):
+        sglang.space(LOAD)
+
+
+def test_a_wrong_tune_sglang_is_named(sglang, monkeypatch):
+    monkeypatch.setenv("TUNE_SGLANG", "/no/such/python")
+    with pytest.raises(Refused, match=r"TUNE_SGLANG=/no/such/python: expected a python that has SGLang, or sglang"):
+        sglang.space(LOAD)
+
+
+def test_a_python_starts_the_module_and_the_executable_serves(sglang, executable, own, monkeypatch):
+    assert sglang._program() == (str(own), "serve")
+    monkeypatch.setenv("TUNE_SGLANG", str(executable))
+    assert sglang._program() == (str(executable), "-m", "sglang.launch_server")
+    monkeypatch.delenv("TUNE_SGLANG")
+    monkeypatch.setenv("PATH", f"{own.parent}:{os.environ['PATH']}")
+    assert sglang._program() == (str(own), "serve")
+    assert sglang.identity(LOAD)["engine_version"] == "not said"
+
+
+def test_the_version_is_read_from_the_installed_packages_records(sglang):
+    assert sglang.identity(LOAD)["engine_version"] == "0.5.23"
+
+
+def test_one_that_does_not_run_is_refused_with_its_last_line(own, sglang, monkeypatch):
+    monkeypatch.setenv("FAKE_SGLANG_BROKEN", "ModuleNotFoundError: No module named 'sgl_kernel'")
+    with pytest.raises(Refused, match=r"SGLang does not run here \(ModuleNotFoundError: No module named 'sgl_kernel'"):
+        sglang.space(LOAD)
+
+
+def test_another_program_is_refused(sglang, monkeypatch):
+    monkeypatch.setenv("TUNE_SGLANG", shutil.which("true"))
+    with pytest.raises(Refused, match="expected SGLang, but --help lists no --max-running-requests"):
+        sglang.space(LOAD)
+
+
+def test_the_help_is_asked_for_once_and_kept(own, sglang, monkeypatch):
+    first = sglang.space(LOAD).record()
+    sglang._asked.cache_clear()
+    monkeypatch.setattr(sglang, "_run", lambda _: pytest.fail("asked again"))
+    assert sglang.space(LOAD).record() == first
+
+
+# --- the space
+
+
+def test_a_cpu_has_to_be_asked_for(sglang, monkeypatch):
+    monkeypatch.setattr(sglang._vllm, "_gpus", tuple)
+    with pytest.raises(Refused, match=r"nvidia-smi shows none here; .*--engine-arg --device=cpu"):
+        sglang.space(ON_GPU)
+    assert sglang.identity(LOAD)["device"] == "cpu"
+    assert sglang.space(replace(LOAD, engine_args=("--device=cpu",))).names == (
+        "concurrency",
+        "max_running_requests",
+        "chunked_prefill_size",
+        "max_prefill_tokens",
+        "schedule_policy",
+        "schedule_conservativeness",
+        "radix_cache",
+        "stream_interval",
+    )
+
+
+@pytest.mark.parametrize(("gpu", "chunk"), [(H100, 8192), (L4, 4096), (("T4", 15360), 2048), (("B200", 183359), 16384)])
+def test_a_gpu_gets_the_engines_chunk_for_its_size(sglang, gpus, gpu, chunk):
+    gpus(gpu)
+    space = sglang.space(ON_GPU)
+    assert space["chunked_prefill_size"].default == chunk
+    assert {"mem_fraction_static", "disable_cuda_graph", "cuda_graph_max_bs", "attention_backend", "page_size"} <= set(
+        space.names
+    )
+    assert "tp_size" not in space.names
+
+
+def test_tensor_parallel_sizes_divide_the_heads_and_do_not_exceed_the_gpus(sglang, gpus, tmp_path):
+    gpus(*[L4] * 8)
+    # The generated model has four heads.
+    assert sglang.space(ON_GPU)["tp_size"].values == (1, 2, 4)
+    big = replace(ON_GPU, model=model_folder(tmp_path / "m"), dummy_weights=True)
+    assert sglang.space(big)["tp_size"].values == (1, 2, 4, 8)
+
+
+def test_lossy_parameters_take_their_values_from_the_help(sglang, gpus, tmp_path):
+    gpus(H100)
+    lossy = {p.name: p.values for p in sglang.space(LOSSY).parameters if p.effect == "lossy"}
+    assert lossy == {"kv_cache_dtype": ("auto", "fp8_e5m2", "fp8_e4m3", "bf16"), "quantization": ("none", "fp8")}
+    quantised = replace(LOSSY, model=model_folder(tmp_path / "m", quantization_config={"quant_method": "awq"}))
+    assert "quantization" not in sglang.space(quantised).names
+
+
+def test_a_flag_that_another_version_has_not_is_left_out_or_replaced(own, sglang, monkeypatch, gpus):
+    gpus(H100)
+    monkeypatch.setenv("FAKE_SGLANG_LACKS", "--stream-interval,--disable-cuda-graph,--sampling-defaults")
+    space = sglang.space(ON_GPU)
+    assert "stream_interval" not in space.names
+    assert sglang.notes(ON_GPU) == ["stream_interval is left out: SGLang not said has no --stream-interval"]
+    assert sglang.describe(ON_GPU).endswith("has no --stream-interval")
+    assert "--disable-decode-cuda-graph" in sglang.command(space.complete({"disable_cuda_graph": True}), ON_GPU)
+
+
+def test_a_flag_that_engine_args_fix_is_not_tuned(sglang, gpus):
+    gpus(H100, H100)
+    fixed = replace(ON_GPU, engine_args=("--tp", "2", "--max-running-requests=8"))
+    assert not {"tp_size", "max_running_requests"} & set(sglang.space(fixed).names)
+    assert "tp_size is left out: --engine-args fixes --tp-size" in sglang.notes(fixed)
+
+
+def test_an_open_loop_has_no_concurrency(sglang):
+    assert "concurrency" not in sglang.space(replace(LOAD, request_rate=5.0)).names
+
+
+BROKEN = [
+    ({"schedule_policy": "lpm", "radix_cache": False}, "schedule_policy lpm and dfs-weight need radix_cache"),
+    ({"disable_cuda_graph": True, "cuda_graph_max_bs": 8}, "there is no cuda_graph_max_bs but auto"),
+]
+
+
+@pytest.mark.parametrize(("changes", "sentence"), BROKEN)
+def test_what_the_engine_would_pass_over_is_answered_without_a_launch(sglang, gpus, changes, sentence):
+    gpus(H100)
+    with pytest.raises(Refused, match=sentence):
+        sglang.space(ON_GPU).complete(changes)
+
+
+def test_a_chunk_of_whole_prompts_and_pages_of_any_size_go_together(sglang, gpus):
+    gpus(H100)
+    assert not sglang.space(ON_GPU).broken(sglang.space(ON_GPU).complete({"chunked_prefill_size": -1, "page_size": 64}))
+
+
+def test_a_model_that_cannot_fit_is_answered_without_a_launch(sglang, gpus, tmp_path):
+    gpus(L4, L4)
+    # 8.0G weights in 16 bits are 16.1 GB of this GPU's 24.2 GB.
+    target = replace(LOSSY, model=model_folder(tmp_path / "m"), dummy_weights=True)
+    space = sglang.space(target)
+    assert not space.broken(space.default())
+    tight = {**space.default(), "mem_fraction_static": 0.6}
+    assert "the cache of one request (32 tokens)" in space.broken(tight)[0]
+    for mended in ({"quantization": "fp8"}, {"tp_size": 2}):
+        assert not space.broken({**tight, **mended})
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"prompts": 0}, "--prompts 0: expected at least 1"),
+        ({"prompt_tokens": 5000}, "expected at most 4088 tokens together"),
+        ({"size": "7b"}, "--size 7b: expected one of 15m, 160m"),
+        ({"model": "/no/such/folder"}, "--model /no/such/folder: no such folder"),
+        ({"model": "org/model"}, "download it first: hf download org/model"),
+        ({"model": str(FAKES)}, "expected a config.json in"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_with_a_way_on(sglang, changes, refusal):
+    with pytest.raises(Refused) as refused:
+        sglang.space(replace(LOAD, **changes))
+    assert refusal in str(refused.value)
+
+
+# --- running it
+
+
+def test_every_tuned_flag_is_named_and_read_back(sglang, gpus, monkeypatch, tmp_path, log):
+    gpus(H100, H100)
+    monkeypatch.setenv("FAKE_SGLANG_NOTE", str(tmp_path / "note"))
+    changes = {
+        "concurrency": 2,
+        "max_running_requests": 2,
+        "chunked_prefill_size": 2048,
+        "max_prefill_tokens": 4096,
+        "schedule_policy": "lof",
+        "schedule_conservativeness": 0.5,
+        "radix_cache": False,
+        "stream_interval": 4,
+        "mem_fraction_static": 0.8,
+        "disable_cuda_graph": False,
+        "cuda_graph_max_bs": 16,
+        "attention_backend": "triton",
+        "page_size": 16,
+        "tp_size": 2,
+        "kv_cache_dtype": "fp8_e5m2",
+        "quantization": "fp8",
+    }
+    space = sglang.space(LOSSY)
+    assert set(changes) == set(space.names)
+    with sglang.launch(space.complete(changes), LOSSY) as engine:
+        effective = dict(engine.effective)
+        engine.change({**changes, "concurrency": 3})
+        assert engine.effective["concurrency"] == 3
+    assert effective == {**changes, "kv_cache_tokens": 77568}
+    _, scratch, words, *_ = (tmp_path / "note").read_text().splitlines()
+    assert not Path(scratch).exists()
+    for flag in ("--load-format dummy", "--context-length 32", "--sampling-defaults openai", "--host 127.0.0.1"):
+        assert flag in words
+
+
+def test_what_is_left_to_the_engine_has_no_flag_and_its_choice_is_read_back(sglang, gpus, monkeypatch, tmp_path, log):
+    gpus(H100)
+    monkeypatch.setenv("FAKE_SGLANG_NOTE", str(tmp_path / "note"))
+    monkeypatch.setenv("FAKE_SGLANG_INFO", "/get_server_info")
+    with sglang.launch(sglang.space(ON_GPU).complete({"disable_cuda_graph": True}), ON_GPU) as engine:
+        effective = engine.effective
+    words = (tmp_path / "note").read_text().splitlines()[2]
+    for flag in ("--mem-fraction-static", "--cuda-graph-max-bs", "--attention-backend", "--page-size"):
+        assert flag not in words
+    assert (effective["attention_backend"], effective["mem_fraction_static"]) == ("fa3", 0.878)
+    assert effective["disable_cuda_graph"] is True
+
+
+FAILURES = {
+    "oom-loading": r"^SGLang ended while loading \(exit status 1\): out of memory: torch.OutOfMemoryError: CUDA out of",
+    "no-cache": r"^SGLang ended while loading \(exit status 1\): out of memory: Not enough memory. Please try to incr",
+    "bad-backend": r"^SGLang ended while loading \(exit status 1\): AssertionError: FlashAttention v3 Backend requires",
+    "port-in-use": r"^SGLang ended while loading \(exit status 1\): \[Errno 98\] error while attempting to bind",
+    "crash-loading": r"^SGLang ended while loading \(SIGSEGV\): ",
+    "500": r"^SGLang answered HTTP 500: ",
+    "out-of-memory:2": r"^SGLang ended in the middle of a pass \(exit status 1\): out of memory: Decode out of memory",
+    "killed:1": r"^SGLang ended in the middle of a pass \(SIGKILL\): ",
+    "cut": r"^SGLang: the stream was cut off before \[DONE\]$",
+    "no-usage": r"^SGLang streams no usage block",
+    "short": r"^SGLang generated 3 tokens for a request instead of 4",
+}
+
+
+@pytest.mark.parametrize(("mode", "sentence"), FAILURES.items(), ids=FAILURES)
+def test_a_launch_that_fails_is_one_sentence_and_leaves_nothing(sglang, monkeypatch, tmp_path, log, mode, sentence):
+    monkeypatch.setattr("tuner.serving.LATE_SECONDS", 1.0)
+    monkeypatch.setenv("FAKE_SGLANG", mode)
+    monkeypatch.setenv("FAKE_SGLANG_NOTE", str(tmp_path / "note"))
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.raises(RuntimeError, match=sentence) as caught, sglang.launch(sglang.space(LOAD).default(), LOAD):
+        pytest.fail("an engine was yielded")
+    assert "\n" not in str(caught.value)
+    assert set(psutil.Process().children(recursive=True)) <= before
+    assert not Path((tmp_path / "note").read_text().splitlines()[1]).exists()
+
+
+@pytest.mark.parametrize(("mode", "answer"), [("hang-loading", "nothing"), ("unhealthy", "HTTP 503")])
+def test_an_engine_that_never_serves_is_given_up(sglang, monkeypatch, log, mode, answer):
+    monkeypatch.setenv("FAKE_SGLANG", mode)
+    monkeypatch.setattr(sglang, "START_SECONDS", 1.0)
+    with (
+        pytest.raises(RuntimeError, match=rf"^SGLang was not ready after 1 s: GET /health brought {answer}"),
+        sglang.launch(sglang.space(LOAD).default(), LOAD),
+    ):
+        pytest.fail("an engine was yielded")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--no-such-flag",), r"error: unrecognized arguments: --no-such-flag$"),
+        (("--dtype", "int3"), r"error: argument --dtype: invalid choice: 'int3' \(choose from auto, half"),
+    ],
+)
+def test_a_flag_that_it_rejects_is_told_in_its_own_words(sglang, log, words, sentence):
+    target = replace(LOAD, engine_args=(*CPU, *words))
+    with pytest.raises(RuntimeError, match=sentence), sglang.launch(sglang.space(target).default(), target):
+        pytest.fail("an engine was yielded")
+
+
+def test_one_that_ignores_sigterm_and_its_children_are_killed(sglang, monkeypatch, tmp_path, log):
+    monkeypatch.setattr("tuner.serving.Server.stop.__defaults__", (0.3,))
+    monkeypatch.setenv("FAKE_SGLANG", "stubborn")
+    monkeypatch.setenv("FAKE_SGLANG_NOTE", str(tmp_path / "note"))
+    with sglang.launch(sglang.space(LOAD).default(), LOAD):
+        pids = [int(pid) for pid in (tmp_path / "note").read_text().split()]
+    for pid in pids:
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+# --- for good
+
+
+def test_the_command_names_only_what_differs_from_the_default(sglang):
+    default = sglang.space(LOAD).default()
+    folder = shlex.quote(str(sglang._vllm._model(LOAD).folder))
+    start = f"python3 -m sglang.launch_server --model-path {folder} --load-format dummy"
+    assert sglang.command(default, LOAD) == f"{start} --device cpu --context-length 32"
+    changed = {**default, "max_running_requests": 4, "radix_cache": False}
+    assert sglang.command(changed, LOAD) == (
+        f"{start} --max-running-requests 4 --disable-radix-cache --device cpu --context-length 32"
+    )
+
+
+def test_the_service_is_the_official_image_on_a_gpu(sglang, gpus, tmp_path):
+    gpus(H100)
+    model = model_folder(tmp_path / "m")
+    target = replace(ON_GPU, model=model)
+    service = sglang.service(sglang.space(target).complete({"stream_interval": 8}), target)
+    words = ("python3", "-m", "sglang.launch_server", "--model-path", model, "--stream-interval", "8")
+    assert service.image == "lmsysorg/sglang:v0.5.23"
+    assert service.argv == (*words, "--port", "30000", "--host", "127.0.0.1")
+    assert service.image_argv == (*words, "--port", "30000", "--host", "0.0.0.0")  # noqa: S104 - the container's own
+    assert (service.port, service.gpus, service.paths) == (30000, True, (model,))
+
+
+def test_the_service_of_a_cpu_is_a_command(sglang):
+    service = sglang.service(sglang.space(LOAD).default(), LOAD)
+    assert (service.image, service.image_argv, service.gpus) == (None, (), False)
+
+
+def test_what_is_not_said_is_absent(sglang, gpus):
+    gpus(H100)
+    config = sglang.space(LOSSY).default()
+    assert sglang.read_back({}, config) == {}
+    assert sglang.read_back({"cuda_graph_config": None, "quantization": None}, config) == {"quantization": "none"}
