@@ -701,10 +701,8 @@ def _parameters(target: Target, build: _Build, model: _Model, gpus: Sequence[_Gp
 
 def _lossy(build: _Build, model: _Model, gpus: Sequence[_Gpu]) -> list[Parameter]:
     """Parameters that can cost quality."""
-    # The CPU's attention kernel knows the 8-bit types and the model's own.
-    cache = build.listed(
-        "--kv-cache-dtype", ("auto", "bfloat16", "fp8", "fp8_e5m2") if gpus else ("auto", "fp8", "fp8_e5m2")
-    )
+    # The CPU's attention kernel knows the model's own type, and those of 8 bits where the CPU has the instructions.
+    cache = build.listed("--kv-cache-dtype", ("auto", "bfloat16", *EIGHT_BITS) if gpus else ("auto", *_cpu_types()))
     types = build.listed("--dtype", ("auto", "bfloat16", "float16", "float32"))
     parameters: list[Parameter] = []
     if len(cache) > 1:
@@ -740,6 +738,17 @@ def _lossy(build: _Build, model: _Model, gpus: Sequence[_Gpu]) -> list[Parameter
             )
         )
     return parameters
+
+
+EIGHT_BITS = ("fp8", "fp8_e5m2")
+
+
+def _cpu_types() -> tuple[str, ...]:
+    """Types of 8 bits that a cache on this CPU can have: "FP8 KV cache on CPU requires x86 with AVX-512 or AMX"."""
+    with suppress(OSError):
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+        return EIGHT_BITS if flags & {"avx512f", "amx_tile"} else ()
+    return ()
 
 
 def _batch_defaults(gpus: Sequence[_Gpu]) -> tuple[int, int]:

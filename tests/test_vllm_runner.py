@@ -57,10 +57,11 @@ def executable(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def stand_in(executable, tmp_path, monkeypatch, request):
+def stand_in(vllm, executable, tmp_path, monkeypatch, request):
     """A `vllm` that is found, a cache that is empty, and nothing else of this machine's."""
     if request.node.get_closest_marker("slow"):
         return
+    monkeypatch.setattr(vllm, "_cpu_types", lambda: vllm.EIGHT_BITS)
     monkeypatch.setenv("TUNE_VLLM", str(executable))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("HF_HOME", "HF_HUB_CACHE", "CUDA_VISIBLE_DEVICES", "VLLM_CPU_KVCACHE_SPACE"):
@@ -247,6 +248,11 @@ def test_lossy_parameters_take_their_values_from_the_help(vllm):
         "kv_cache_dtype": ("auto", "fp8", "fp8_e5m2"),
         "dtype": ("auto", "bfloat16", "float16", "float32"),
     }
+
+
+def test_a_cpu_without_the_instructions_for_it_gets_no_cache_of_8_bits(vllm, monkeypatch):
+    monkeypatch.setattr(vllm, "_cpu_types", tuple)
+    assert [p.name for p in vllm.space(LOSSY).parameters if p.effect == "lossy"] == ["dtype"]
 
 
 def test_a_gpu_has_more_lossy_parameters(vllm, gpus):
