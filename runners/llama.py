@@ -40,13 +40,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuner.quality import TEXT, TOKENS, Passage, drawn, judge, of_text
+from tuner.serving import Endpoint
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value
 from tuner.trial import Service, Target, Work, refuse_empty_load
 
@@ -681,6 +683,11 @@ def identity(target: Target) -> dict[str, str]:
     }
 
 
+def metrics(target: Target) -> tuple[str, ...]:
+    """Figures of its own that limits may be set on."""
+    return ("nll_nats_per_token",) if target.quality else ()
+
+
 # --- running it ------------------------------------------------------------------------------
 
 
@@ -698,12 +705,13 @@ def launch(config: Config, target: Target) -> Iterator[LlamaServer]:
     # On a failed assertion ggml starts a debugger on this very process and prints to standard output.
     os.environ["GGML_NO_BACKTRACE"] = "1"
     requests = _requests(target, model.tokens)
+    parameters = _parameters(xllamacpp, config, target, model)
     log = _Log()
     try:
-        server = xllamacpp.Server(_parameters(xllamacpp, config, target, model))
+        server = xllamacpp.Server(parameters)
     except RuntimeError as error:
         raise RuntimeError(f"llama.cpp cannot load this configuration: {log.first_error() or error}") from error
-    engine = LlamaServer(server, target, requests)
+    engine = LlamaServer(server, target, requests, model, parameters.api_keys[0])
     del server
     try:
         # Buffers and threads come with the first work. It also makes closing safe: a server that is
@@ -754,12 +762,14 @@ def _cache_type(xllamacpp: Any, name: Value) -> Any:
 
 
 class LlamaServer:
-    """A loaded server and the requests of one pass."""
+    """A loaded server and the requests of one pass; `key` opens its port."""
 
-    def __init__(self, server: Any, target: Target, requests: list[dict[str, object]]) -> None:
+    def __init__(self, server: Any, target: Target, requests: list[dict[str, object]], model: Model, key: str) -> None:
         self._server = server
         self._target = target
         self._requests = requests
+        self._model = model
+        self._key = key
         self.effective: Mapping[str, Value] = {}
 
     def run_pass(self) -> Work:
@@ -785,13 +795,76 @@ class LlamaServer:
         # The server ends with its last reference, and a failed request's traceback may hold one in a cycle.
         gc.collect()
 
+    def quality(self, reference: Path) -> Mapping[str, float]:
+        """Mean negative log-likelihood of fixed tokens, decoded along them through this cache and attention.
+
+        The server tells nothing of a prompt's likelihood (ggml-org/llama.cpp#15189), but of every token that it
+        generates, whatever rules it was chosen by: a softmax over all logits as the model gave them. So each row is
+        generated under a grammar that allows one token at a time, the wanted one.
+
+        Raises:
+            RuntimeError: the engine refused, `reference` is damaged, or the likelihood is no number.
+        """
+        return judge(reference, self._passage, self._nats)
+
+    def _passage(self) -> Passage:
+        most = self._model.context or TOKENS
+        text = None if self._target.model is None else of_text(self._text_ids(), most)
+        return text or drawn(self._model.tokens, self._target.seed, self._go_on, most)
+
+    def _text_ids(self) -> list[int]:
+        """The fixed text in the model's own tokens."""
+        endpoint = Endpoint.parse(self._server.listening_address, self._key)
+        return [int(i) for i in endpoint.ask("/tokenize", {"content": TEXT, "add_special": False})["tokens"]]
+
+    def _go_on(self, openings: list[list[int]], count: int) -> list[list[int]]:
+        # A grammar cannot ask for tokens without a text, such as the byte 0: only ordinary ones are drawn.
+        ordinary = set(self._model.tokens)
+        never = [[i, False] for i in range(max(ordinary)) if i not in ordinary]
+        drawing = {"temperature": 1, "samplers": ["temperature"], "ignore_eos": True, "logit_bias": never}
+        return [[i for i, _ in row] for row in self._generated(openings, [drawing] * len(openings), count)]
+
+    def _nats(self, passage: Passage) -> list[float]:
+        wanted = passage.judged
+        forced = [{"grammar": f"root ::= {' '.join(f'<[{i}]>' for i in row)}"} for row in wanted]
+        found = self._generated(passage.openings, forced, len(wanted[0]))
+        if [[i for i, _ in row] for row in found] != wanted:
+            raise RuntimeError("llama.cpp did not follow the reference, so its output cannot be judged")
+        return [-logprob for row in found for _, logprob in row]
+
+    def _generated(
+        self, prompts: Sequence[Sequence[int]], fields: Sequence[Mapping[str, object]], count: int
+    ) -> list[list[tuple[int, float]]]:
+        """`count` tokens after each prompt, each with its log-probability before any rule of sampling."""
+        requests = [
+            {"prompt": prompt, "n_predict": count, "seed": self._target.seed, "cache_prompt": False, "logprobs": 1}
+            | {"temperature": 0, **own}
+            for prompt, own in zip(prompts, fields, strict=True)
+        ]
+        # One at a time: which of them share a step would be chance, and rounds differently each time.
+        answers = [self._answer(request) for request in requests]
+        try:
+            tokens = [
+                [(int(t["id"]), float(t["logprob"])) for t in answer["choices"][0]["logprobs"]["content"]]
+                for answer in answers
+            ]
+        except (LookupError, TypeError, ValueError) as error:
+            raise RuntimeError(f"llama.cpp gave log-probabilities that cannot be read ({error})") from error
+        if any(len(row) != count for row in tokens):
+            raise RuntimeError(f"llama.cpp generated {min(map(len, tokens))} tokens to be judged instead of {count}")
+        return tokens
+
+    def _answer(self, request: Mapping[str, object]) -> dict[str, Any]:
+        answer: dict[str, Any] = self._server.handle_completions(request)
+        if "error" in answer:
+            raise RuntimeError(f"llama.cpp refused a request: {answer['error'].get('message', answer['error'])}")
+        return answer
+
     def _complete(self, request: Mapping[str, object]) -> tuple[dict[str, Any], float]:
         """The engine's counts for one request, checked, and the wall seconds it took."""
         started = time.perf_counter()
-        answer = self._server.handle_completions(request)
+        answer = self._answer(request)
         seconds = time.perf_counter() - started
-        if "error" in answer:
-            raise RuntimeError(f"llama.cpp refused a request: {answer['error'].get('message', answer['error'])}")
         timings: dict[str, Any] = answer["timings"]
         usage = answer["usage"]
         did = {

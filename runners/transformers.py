@@ -43,6 +43,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tuner.quality import TEXT, TOKENS, Passage, drawn, judge, of_text
 from tuner.space import Choice, Config, Constraint, Effect, Int, Parameter, Refused, SearchSpace, Value, excerpt
 from tuner.trial import Service, Target, Work, refuse_empty_load
 
@@ -833,13 +834,13 @@ class _Forced:
     context: int
     """Tokens of the prompt before them."""
     nats: list[float] = field(default_factory=list)
-    """Negative log-likelihood of each step, summed over the sequences."""
+    """Negative log-likelihood of each token, step by step."""
 
     def __call__(self, so_far: Any, scores: Any) -> Any:
         torch = _library("torch")
         tokens = self.wanted[:, so_far.shape[1] - self.context].unsqueeze(1)
         likely = torch.log_softmax(scores.double(), dim=-1).gather(1, tokens)
-        self.nats.append(-float(likely.sum()))
+        self.nats += (-likely).flatten().tolist()
         return torch.full_like(scores, -math.inf).scatter_(1, tokens, 0.0)
 
 
@@ -1047,53 +1048,29 @@ class Generator:
     def quality(self, reference: Path) -> Mapping[str, float]:
         """Mean negative log-likelihood of fixed tokens, decoded along them with this cache, attention and dtype.
 
-        The tokens are a text of this file's where the model has a tokenizer. Else the default configuration draws
-        them itself, at temperature 1: the expected loss of another one is then the Kullback-Leibler divergence of its
-        predictions from the default's, zero at best. The same tokens for all, so the difference is no sampling noise.
-
         Raises:
             RuntimeError: `reference` is damaged, or the likelihood is no number.
         """
-        if reference.exists():
-            try:
-                kept = json.loads(reference.read_text(encoding="utf-8"))
-                rows, context, theirs = kept["rows"], int(kept["context"]), float(kept["nll_nats_per_token"])
-            except (OSError, ValueError, LookupError, TypeError) as error:
-                raise RuntimeError(f"the reference {reference.name} cannot be read ({error})") from error
-            nll = self._nll(rows, context)
-            return {"nll_nats_per_token": nll, "quality_loss": nll - theirs}
-        source, rows, context = self._reference_rows()
-        nll = self._nll(rows, context)
-        record = {"source": source, "context": context, "nll_nats_per_token": nll, "rows": rows}
-        part = reference.with_name(f"{reference.name}.part")
-        part.write_text(json.dumps(record), encoding="utf-8")
-        part.replace(reference)
-        return {"nll_nats_per_token": nll, "quality_loss": 0.0}
+        return judge(reference, self._passage, self._nats)
 
-    def _nll(self, rows: Sequence[Sequence[int]], context: int) -> float:
+    def _nats(self, passage: Passage) -> list[float]:
         with _named_causes("judge its output"):
-            wanted = _library("torch").tensor([row[context:] for row in rows], device=self._model.device)
-            forced = _Forced(wanted, context)
-            self._generate([row[:context] for row in rows], wanted.shape[1], logits_processor=[forced])
-        nll = sum(forced.nats) / int(wanted.numel())
-        if not math.isfinite(nll):
-            raise RuntimeError("the likelihood of the reference is no finite number: the output is broken")
-        return nll
+            wanted = _library("torch").tensor(passage.judged, device=self._model.device)
+            forced = _Forced(wanted, passage.context)
+            self._generate(passage.openings, wanted.shape[1], logits_processor=[forced])
+        return forced.nats
 
-    def _reference_rows(self) -> tuple[str, list[list[int]], int]:
-        length = min(REFERENCE_TOKENS, self._about.context or REFERENCE_TOKENS)
-        if ids := self._text_ids():
-            length = min(length, len(ids))
-            rows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)][:REFERENCE_ROWS]
-            return "a fixed text", rows, max(1, length // 4)
-        context = max(1, length // 4)
-        draw = random.Random(self._target.seed)  # noqa: S311 - a reproducible text, no secret
-        prompts = [draw.choices(self._about.tokens, k=context) for _ in range(REFERENCE_ROWS)]
+    def _passage(self) -> Passage:
+        most = self._about.context or TOKENS
+        return of_text(self._text_ids(), most) or drawn(self._about.tokens, self._target.seed, self._go_on, most)
+
+    def _go_on(self, openings: list[list[int]], count: int) -> list[list[int]]:
         with _named_causes("judge its output"):
             _library("torch").manual_seed(self._target.seed)
             sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-            output = self._generate(prompts, length - context, sampling=sampling)
-        return "sampled from the default configuration", output.sequences.tolist(), context
+            output = self._generate(openings, count, sampling=sampling)
+        rows: list[list[int]] = output.sequences[:, len(openings[0]) :].tolist()
+        return rows
 
     def _text_ids(self) -> list[int]:
         """The fixed text in the model's own tokens; empty where it has no tokenizer."""
@@ -1106,33 +1083,10 @@ class Generator:
                 str(self._about.folder), local_files_only=True
             )
             ids: list[int] = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-        return ids if len(ids) >= LEAST_TEXT_TOKENS else []
+        return ids
 
 
-REFERENCE_TOKENS, REFERENCE_ROWS, LEAST_TEXT_TOKENS = 96, 4, 16
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-
-TEXT = """\
-A kettle of water takes about as much energy to boil as a bright lamp uses in an evening. The water does not care how
-the energy arrives: a small flame for an hour and a large one for five minutes end in the same cup of tea, except that
-the small flame also heats the kitchen all the while. Machines that compute are much the same. A processor that works
-slowly draws less power at each moment, but it keeps the memory, the fans and the power supply awake for longer, and
-in the end it may have used more than a fast one that finished early and went to sleep.
-
-Whoever wants to know which is better has to measure. The meter is read before and after, the work is counted, and one
-number is divided by the other. This sounds simple, and most mistakes are simple too: the work was not the same, the
-machine was still cold, somebody else was using it, or the first of two readings was taken before the model had been
-loaded. A careful person writes down what was done, does it again on another day, and is not surprised when the second
-number differs a little from the first. The question is then whether the difference between two settings is larger
-than the difference between two days.
-
-Sometimes it is not. Then the honest answer is that nothing was found, and the setting that everybody uses is as good
-as any other. That answer has a value of its own, because it saves the next person the search. More often a few
-settings matter a great deal and the rest hardly at all. The number of requests that are handled together is usually
-one of the few: reading the weights of a large model from memory costs the same for one reader as for eight, and eight
-who share the cost pay little each. Beyond some point the arithmetic takes over, and there is nothing left to share.
-"""
-"""What models with a tokenizer are judged by: ordinary prose, about 400 tokens, written for this file."""
 
 
 def _live(config: Mapping[str, Value]) -> dict[str, Value]:

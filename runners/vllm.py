@@ -38,7 +38,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tuner.serving import Client, Endpoint, Load, Server, Symptoms, cut, free_port, models, start_server
+from tuner.quality import TEXT, Passage, drawn, judge, of_text
+from tuner.serving import LATE_SECONDS, Client, Endpoint, Load, Server, Symptoms, cut, free_port, models, start_server
 from tuner.serving import wait_ready as wait_until_ready
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, show
 from tuner.trial import Service, Target, Work, refuse_empty_load
@@ -465,7 +466,12 @@ def describe(target: Target) -> str:
     drawn = ", drawn at random: speed and energy are those of its shape, its text is meaningless"
     said = f"{kind}{drawn if _is_dummy(target) else ''})"
     lacking = notes(target)
+    if target.quality and _is_dummy(target):
+        lacking = [*lacking, NOT_JUDGED]
     return f"{said}; {'; '.join(lacking)}" if lacking else said
+
+
+NOT_JUDGED = "no quality_loss: weights that vLLM draws predict every token alike, so judge with a trained --model"
 
 
 # --- what may be tuned -----------------------------------------------------------------------
@@ -695,10 +701,8 @@ def _parameters(target: Target, build: _Build, model: _Model, gpus: Sequence[_Gp
 
 def _lossy(build: _Build, model: _Model, gpus: Sequence[_Gpu]) -> list[Parameter]:
     """Parameters that can cost quality."""
-    # The CPU's attention kernel knows the 8-bit types and the model's own.
-    cache = build.listed(
-        "--kv-cache-dtype", ("auto", "bfloat16", "fp8", "fp8_e5m2") if gpus else ("auto", "fp8", "fp8_e5m2")
-    )
+    # The CPU's attention kernel knows the model's own type, and those of 8 bits where the CPU has the instructions.
+    cache = build.listed("--kv-cache-dtype", ("auto", "bfloat16", *EIGHT_BITS) if gpus else ("auto", *_cpu_types()))
     types = build.listed("--dtype", ("auto", "bfloat16", "float16", "float32"))
     parameters: list[Parameter] = []
     if len(cache) > 1:
@@ -734,6 +738,17 @@ def _lossy(build: _Build, model: _Model, gpus: Sequence[_Gpu]) -> list[Parameter
             )
         )
     return parameters
+
+
+EIGHT_BITS = ("fp8", "fp8_e5m2")
+
+
+def _cpu_types() -> tuple[str, ...]:
+    """Types of 8 bits that a cache on this CPU can have: "FP8 KV cache on CPU requires x86 with AVX-512 or AMX"."""
+    with suppress(OSError):
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+        return EIGHT_BITS if flags & {"avx512f", "amx_tile"} else ()
+    return ()
 
 
 def _batch_defaults(gpus: Sequence[_Gpu]) -> tuple[int, int]:
@@ -812,6 +827,11 @@ def _needed_bytes(model: _Model, config: Mapping[str, Value], context: int) -> f
     cached = 1 if str(config.get("kv_cache_dtype", "auto")).startswith("fp8") else width
     cache = model.cache_values_per_token * cached * context
     return (weights + cache) / int(config.get("tensor_parallel_size", 1)) + OVERHEAD_BYTES
+
+
+def metrics(target: Target) -> tuple[str, ...]:
+    """Figures of its own that limits may be set on."""
+    return ("nll_nats_per_token",) if target.quality and not _is_dummy(target) else ()
 
 
 def identity(target: Target) -> dict[str, str]:
@@ -942,7 +962,10 @@ def launch(config: Config, target: Target) -> Iterator[VllmServer]:
             concurrency=int(config.get("concurrency", target.prompts)),
             token_ids=_ordinary(model),
         )
-        engine = VllmServer(Client(endpoint, load, server), server, config)
+        client = Client(endpoint, load, server)
+        engine = VllmServer(client, server, config)
+        if not _is_dummy(target):
+            engine = JudgedVllmServer(client, server, config, target)
         engine.run_pass()
         yield engine
     finally:
@@ -979,6 +1002,86 @@ class VllmServer:
             RuntimeError: the engine ended, refused requests, or did other work than was asked for.
         """
         return self._client.run_pass()
+
+
+class JudgedVllmServer(VllmServer):
+    """One whose weights mean something.
+
+    Those that the engine draws itself are within 0.001 of zero, the norms' too, so that every token is predicted
+    alike whatever the precision: a loss of 0 would be no finding.
+    """
+
+    def __init__(self, client: Client, server: Server, config: Config, target: Target) -> None:
+        super().__init__(client, server, config)
+        self._server, self._target = server, target
+
+    def quality(self, reference: Path) -> Mapping[str, float]:
+        """Mean negative log-likelihood of fixed tokens, which the engine gives for prompts.
+
+        They are computed as a prompt is, in as many steps as the configuration makes of one, and attention reads
+        keys and values back from the cache in its precision (not so in multi-head latent attention, which reads
+        those of the same step as they were computed).
+
+        Raises:
+            RuntimeError: the engine ended or refused, `reference` is damaged, or the likelihood is no number.
+        """
+        try:
+            return judge(reference, self._passage, self._nats)
+        except RuntimeError as error:
+            if (end := self._server.end(LATE_SECONDS)) is not None:
+                raise RuntimeError(f"vLLM ended while its output was judged ({end}): {self._server.cause()}") from error
+            raise
+
+    def _passage(self) -> Passage:
+        # The engine counts one token to generate beside those of the prompt.
+        most = _context(self._target) - 1
+        return of_text(self._text_ids(), most) or drawn(
+            self._client.load.token_ids or (), self._target.seed, self._go_on, most
+        )
+
+    def _text_ids(self) -> list[int]:
+        """The fixed text in the model's own tokens; empty where the engine was started without a tokenizer."""
+        body = {"model": self._client.load.model, "prompt": TEXT, "add_special_tokens": False}
+        with suppress(RuntimeError):
+            ids = self._client.endpoint.ask(f"{self._client.endpoint.root}/tokenize", body).get("tokens")
+            if isinstance(ids, list):
+                return [int(i) for i in ids]
+        return []
+
+    def _go_on(self, openings: list[list[int]], count: int) -> list[list[int]]:
+        # Whatever limits a distribution is off: the engine was started without the model's own generation settings.
+        sampling = {"temperature": 1, "seed": self._target.seed, "ignore_eos": True, "return_token_ids": True}
+        return [self._of(choice, "token_ids") for choice in self._choices(openings, count, sampling)]
+
+    def _nats(self, passage: Passage) -> list[float]:
+        nats: list[float] = []
+        for row, choice in zip(passage.rows, self._choices(passage.rows, 1, {"prompt_logprobs": 0}), strict=True):
+            said = self._of(choice, "prompt_logprobs")
+            try:
+                for token, by_token in zip(row[passage.context :], said[passage.context :], strict=True):
+                    logprob = by_token[str(token)]["logprob"]
+                    # JSON has no NaN; the engine writes null.
+                    nats.append(math.nan if logprob is None else -float(logprob))
+            except (LookupError, TypeError, ValueError) as error:
+                raise RuntimeError(
+                    f"vLLM gave log-probabilities of a prompt that cannot be read ({cut(str(error), 80)})"
+                ) from error
+        return nats
+
+    def _choices(self, rows: Sequence[Sequence[int]], count: int, fields: Mapping[str, object]) -> list[Any]:
+        """One answer a row, in their order."""
+        client = self._client
+        body = {"model": client.load.model, "prompt": [list(row) for row in rows], "max_tokens": count, **fields}
+        choices = client.endpoint.ask(f"{client.endpoint.prefix}/completions", body).get("choices")
+        if not isinstance(choices, list) or len(choices) != len(rows):
+            raise RuntimeError(f"vLLM gave {len(choices or ())} answers to {len(rows)} prompts")
+        return choices
+
+    def _of(self, choice: Any, name: str) -> Any:
+        found = choice.get(name) if isinstance(choice, dict) else None
+        if not isinstance(found, list):
+            raise RuntimeError(f"this vLLM gives no {name}, so its output cannot be judged")
+        return found
 
 
 def _metrics(endpoint: Endpoint) -> str:

@@ -15,7 +15,7 @@ LAYERS = [
     {"space", "intervals"},
     {"trial"},
     {"limits"},
-    {"supervise", "serving"},
+    {"supervise", "serving", "quality"},
     {"journal", "machine", "summary", "runs"},
     {"convergence"},
     {
@@ -97,9 +97,9 @@ def test_a_third_party_library_is_imported_in_its_home_only(path):
 
 
 @pytest.mark.parametrize("path", RUNNERS, ids=lambda p: p.name)
-def test_a_runner_knows_of_tune_only_space_trial_and_serving(path):
+def test_a_runner_knows_of_tune_only_space_trial_serving_and_quality(path):
     known = {m for m, _ in imported(path) if m.split(".")[0] == "tuner"}
-    assert known <= {"tuner.space", "tuner.trial", "tuner.serving"}
+    assert known <= {"tuner.space", "tuner.trial", "tuner.serving", "tuner.quality"}
 
 
 def test_starting_the_command_line_imports_nothing_heavy():

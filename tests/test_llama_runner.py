@@ -5,12 +5,14 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import shlex
 import signal
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -603,6 +605,87 @@ def test_what_cannot_be_loaded_is_an_error_with_the_first_line_of_the_log(llama,
         pytest.fail("an engine was yielded")
 
 
+# --- how good it is
+
+
+JUDGED = replace(LOSSY, quality=True)
+
+
+def judged(llama, target, reference, **changes):
+    with llama.launch(llama.space(target).complete(changes), target) as engine:
+        return engine.quality(reference)
+
+
+def test_the_default_has_no_loss_and_the_likelihood_of_a_model_that_knows_nothing(llama, log, tmp_path):
+    figures = judged(llama, JUDGED, tmp_path / "reference")
+    assert figures["quality_loss"] == 0
+    # A uniform guess among 1024 tokens costs ln 1024 nats; logits of variance 1 know half a nat more.
+    assert figures["nll_nats_per_token"] == pytest.approx(math.log(1024) - 0.5, abs=0.3)
+
+
+def test_the_same_configuration_again_loses_nothing_and_one_with_fewer_bits_something(llama, log, tmp_path):
+    reference = tmp_path / "reference"
+    first = judged(llama, JUDGED, reference)["nll_nats_per_token"]
+    assert judged(llama, JUDGED, reference) == {"nll_nats_per_token": first, "quality_loss": 0.0}
+    assert abs(judged(llama, JUDGED, reference, parallel=1)["quality_loss"]) < 2e-3
+    few = judged(llama, JUDGED, reference, cache_type_k="q4_0", cache_type_v="q4_0", flash_attention="on")
+    assert abs(few["quality_loss"]) > 1e-4
+    assert abs(judged(llama, JUDGED, reference, weights="F16")["quality_loss"]) > 1e-3
+
+
+def test_the_likelihood_of_a_token_that_was_forced_is_the_one_it_has_when_nothing_is_forced(llama, log, tmp_path):
+    with llama.launch(llama.space(JUDGED).default(), JUDGED) as engine:
+        engine.quality(tmp_path / "reference")
+        kept = json.loads((tmp_path / "reference").read_text())
+        row, context = kept["rows"][0], kept["context"]
+        forced = engine._generated(
+            [row[:context]], [{"grammar": " ".join(["root ::=", *(f"<[{i}]>" for i in row[context:])])}], 72
+        )
+        for at in (0, 7, 71):
+            asked = {"prompt": row[: context + at], "n_predict": 1, "logprobs": 1024, "cache_prompt": False}
+            content = engine._answer(asked)["choices"][0]["logprobs"]["content"][0]
+            free = {top["id"]: top["logprob"] for top in content["top_logprobs"]}
+            token, logprob = forced[0][at]
+            assert token == row[context + at]
+            # Prompts are computed in batches and answers one by one, which rounds differently.
+            assert logprob == pytest.approx(free[token], abs=0.02)
+
+
+def test_a_model_file_is_judged_by_a_fixed_text(llama, log, tmp_path):
+    target = Target(model=str(llama._generated(TINY, "F16")), prompts=2, prompt_tokens=8, output_tokens=2, quality=True)
+    assert judged(llama, target, tmp_path / "reference")["quality_loss"] == 0
+    kept = json.loads((tmp_path / "reference").read_text())
+    assert kept["source"] == "a fixed text"
+    assert len({len(row) for row in kept["rows"]}) == 1
+
+
+class OtherTokens:
+    """Answers with tokens that nobody asked for, or with none."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def handle_completions(self, request):
+        return {"choices": [{"logprobs": self.content}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "gave log-probabilities that cannot be read"),
+        ({"content": []}, "generated 0 tokens to be judged instead of 72"),
+        ({"content": [{"id": -1, "logprob": -1.0}] * 72}, "did not follow the reference"),
+    ],
+)
+def test_output_that_cannot_be_judged_is_one_sentence(llama, tmp_path, content, sentence):
+    (tmp_path / "reference").write_text(
+        json.dumps({"rows": [list(range(300, 396))], "context": 24, "nll_nats_per_token": 1.0})
+    )
+    engine = llama.LlamaServer(OtherTokens(content), JUDGED, [], llama._model(TINY), "")
+    with pytest.raises(RuntimeError, match=sentence):
+        engine.quality(tmp_path / "reference")
+
+
 class MiscountingServer:
     """The engine's answer to a request of `TINY`, with one count changed."""
 
@@ -630,13 +713,15 @@ class MiscountingServer:
     ],
 )
 def test_other_work_than_was_asked_for_is_an_error(llama, changes, sentence):
-    engine = llama.LlamaServer(MiscountingServer(**changes), TINY, llama._requests(TINY, (300,)))
+    engine = llama.LlamaServer(
+        MiscountingServer(**changes), TINY, llama._requests(TINY, (300,)), llama._model(TINY), ""
+    )
     with pytest.raises(RuntimeError, match=sentence):
         engine.run_pass()
 
 
 def test_the_right_work_is_no_error(llama):
-    engine = llama.LlamaServer(MiscountingServer(), TINY, llama._requests(TINY, (300,)))
+    engine = llama.LlamaServer(MiscountingServer(), TINY, llama._requests(TINY, (300,)), llama._model(TINY), "")
     assert engine.run_pass().units == 16
 
 

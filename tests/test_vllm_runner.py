@@ -13,12 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import psutil
 import pytest
 from contracts.runner_contract import RunnerContract
 
+from tuner.quality import TEXT
 from tuner.space import Refused
-from tuner.trial import Target
+from tuner.trial import Judged, Target
 
 RUNNER = Path(__file__).parents[1] / "runners" / "vllm.py"
 FAKES = Path(__file__).parent / "fakes"
@@ -55,10 +57,11 @@ def executable(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def stand_in(executable, tmp_path, monkeypatch, request):
+def stand_in(vllm, executable, tmp_path, monkeypatch, request):
     """A `vllm` that is found, a cache that is empty, and nothing else of this machine's."""
     if request.node.get_closest_marker("slow"):
         return
+    monkeypatch.setattr(vllm, "_cpu_types", lambda: vllm.EIGHT_BITS)
     monkeypatch.setenv("TUNE_VLLM", str(executable))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("HF_HOME", "HF_HUB_CACHE", "CUDA_VISIBLE_DEVICES", "VLLM_CPU_KVCACHE_SPACE"):
@@ -245,6 +248,11 @@ def test_lossy_parameters_take_their_values_from_the_help(vllm):
         "kv_cache_dtype": ("auto", "fp8", "fp8_e5m2"),
         "dtype": ("auto", "bfloat16", "float16", "float32"),
     }
+
+
+def test_a_cpu_without_the_instructions_for_it_gets_no_cache_of_8_bits(vllm, monkeypatch):
+    monkeypatch.setattr(vllm, "_cpu_types", tuple)
+    assert [p.name for p in vllm.space(LOSSY).parameters if p.effect == "lossy"] == ["dtype"]
 
 
 def test_a_gpu_has_more_lossy_parameters(vllm, gpus):
@@ -547,6 +555,82 @@ def test_variables_of_the_cpu_build_do_not_override_the_users(vllm, monkeypatch)
     assert vllm._environment({}, LOAD, build)["VLLM_CPU_KVCACHE_SPACE"] == "3"
 
 
+# --- how good it is
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A target whose weights are the model's own, so that its output can be judged."""
+    return replace(LOSSY, model=str(model_folder(tmp_path / "m")), quality=True, prompt_tokens=90)
+
+
+def judged(vllm, target, reference, **changes):
+    with vllm.launch(vllm.space(target).complete(changes), target) as engine:
+        return engine.quality(reference)
+
+
+def test_fixed_tokens_are_judged_and_held_against_the_default(vllm, trained, tmp_path, log):
+    reference = tmp_path / "reference"
+    assert judged(vllm, trained, reference) == {"nll_nats_per_token": 9.5, "quality_loss": 0.0}
+    worse = judged(vllm, trained, reference, kv_cache_dtype="fp8")
+    assert worse["nll_nats_per_token"] == pytest.approx(9.52)
+    assert worse["quality_loss"] == pytest.approx(0.02)
+
+
+def test_a_fixed_text_is_judged_in_rows_that_leave_room_for_a_token(vllm, trained, tmp_path, log):
+    judged(vllm, replace(trained, prompt_tokens=40, output_tokens=8), tmp_path / "reference")
+    kept = json.loads((tmp_path / "reference").read_text())
+    assert kept["source"] == "a fixed text"
+    assert {len(row) for row in kept["rows"]} == {47}
+
+
+@pytest.mark.parametrize("mode", ["no-tokenizer", "few-tokens"])
+def test_without_a_tokenizer_the_default_says_what_is_judged(vllm, trained, tmp_path, log, monkeypatch, mode):
+    monkeypatch.setenv("FAKE_VLLM", mode)
+    assert judged(vllm, trained, tmp_path / "reference")["quality_loss"] == 0
+    kept = json.loads((tmp_path / "reference").read_text())
+    assert kept["source"] == "sampled from the default configuration"
+    assert kept["rows"][0][kept["context"] :] == list(range(2000, 2000 + 72))
+
+
+UNJUDGED = {
+    "no-logprobs": "this vLLM gives no prompt_logprobs, so its output cannot be judged",
+    "other-tokens": "vLLM gave log-probabilities of a prompt that cannot be read",
+    "one-choice": "vLLM gave 1 answers to 3 prompts",
+    "nan": "no finite number: the output is broken",
+    "impossible": "no finite number: the output is broken",
+    "reset-unstreamed": "POST /v1/completions brought no answer: ",
+}
+
+
+@pytest.mark.parametrize(("mode", "sentence"), UNJUDGED.items(), ids=UNJUDGED)
+def test_output_that_cannot_be_judged_is_one_sentence_and_leaves_no_reference(
+    vllm, trained, tmp_path, log, monkeypatch, mode, sentence
+):
+    monkeypatch.setattr(vllm, "LATE_SECONDS", 0.1)
+    monkeypatch.setenv("FAKE_VLLM", mode)
+    with pytest.raises(RuntimeError, match=sentence):
+        judged(vllm, trained, tmp_path / "reference")
+    assert list(tmp_path.glob("reference*")) == []
+
+
+def test_an_engine_that_ends_while_it_is_judged_is_named_with_its_cause(vllm, trained, tmp_path, log):
+    with vllm.launch(vllm.space(trained).default(), trained) as engine:
+        os.killpg(engine._server.pid, signal.SIGTERM)
+        assert engine._server.end(5)
+        with pytest.raises(RuntimeError, match=r"vLLM ended while its output was judged \(.+\): "):
+            engine.quality(tmp_path / "reference")
+
+
+def test_weights_that_the_engine_draws_are_not_judged_and_the_line_on_the_model_says_so(vllm, log):
+    drawn = replace(LOSSY, quality=True)
+    with vllm.launch(vllm.space(drawn).default(), drawn) as engine:
+        assert not isinstance(engine, Judged)
+    assert "no quality_loss: weights that vLLM draws predict every token alike" in vllm.describe(drawn)
+    assert "quality_loss" not in vllm.describe(LOSSY)
+    assert vllm.metrics(drawn) == ()
+
+
 # --- for good
 
 
@@ -608,3 +692,63 @@ def test_vllm_itself_runs_the_load_and_reads_back_what_it_was_told(vllm, log):
     config = {**vllm.space(target).complete(changes), "max_num_seqs": 128, "max_num_batched_tokens": 64}
     with pytest.raises(RuntimeError, match="max_num_batched_tokens"), vllm.launch(config, target):
         pytest.fail("an engine was yielded")
+
+
+def trained_folder(vllm, folder):
+    """A small Llama with weights of its own, as a trained one has them, and a tokenizer that knows the fixed text."""
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 1000}
+    shutil.copytree(vllm._generated(vllm.SIZES["15m"]), folder)
+    config = json.loads((folder / "config.json").read_text()) | shape
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    words = ["<unk>", "<s>", "</s>", *dict.fromkeys(f"\u2581{word}" for word in TEXT.split())]
+    words += [f"\u2581w{i}" for i in range(1000 - len(words))]
+    tokenizer["model"]["vocab"] = {word: i for i, word in enumerate(words)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+    draw = np.random.default_rng(0)
+    width, inner = 128, 256
+    layer = {f"self_attn.{name}_proj": (width, width) for name in "qkvo"}
+    layer |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
+    layer |= {"input_layernorm": (width,), "post_attention_layernorm": (width,)}
+    shapes = {"model.embed_tokens": (1000, width), "model.norm": (width,), "lm_head": (1000, width)}
+    shapes |= {f"model.layers.{i}.{name}": shape for i in range(2) for name, shape in layer.items()}
+    header, data = {}, b""
+    for name, dimensions in shapes.items():
+        drawn = draw.normal(0, dimensions[-1] ** -0.5, dimensions) if len(dimensions) > 1 else np.ones(dimensions)
+        # The upper half of a float32 is a bfloat16.
+        half = (drawn.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+        offsets = [len(data), len(data) + len(half)]
+        header[f"{name}.weight"] = {"dtype": "BF16", "shape": dimensions, "data_offsets": offsets}
+        data += half
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return folder
+
+
+def likelihood(folder, reference):
+    """That of the tokens kept in `reference`, by one pass of another library."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    kept = json.loads(reference.read_text())
+    rows, context = torch.tensor(kept["rows"]), kept["context"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(rows).logits[:, context - 1 : -1].double()
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, context:].flatten()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(REAL is None, reason="TUNE_VLLM names no vLLM: the runner was tested against a stand-in only")
+def test_vllm_itself_judges_a_fixed_text_as_another_library_does(vllm, tmp_path, log):
+    folder, reference = trained_folder(vllm, tmp_path / "m"), tmp_path / "reference"
+    target = replace(LOSSY, model=str(folder), quality=True, prompt_tokens=64, output_tokens=32)
+    figures = judged(vllm, target, reference, compilation="eager")
+    assert json.loads(reference.read_text())["source"] == "a fixed text"
+    assert figures["quality_loss"] == 0
+    # It computes in bfloat16, whose numbers are 0.4 % apart.
+    assert figures["nll_nats_per_token"] == pytest.approx(likelihood(folder, reference), abs=0.02)
+    exact = judged(vllm, target, reference, compilation="eager", dtype="float32")
+    assert exact["nll_nats_per_token"] == pytest.approx(likelihood(folder, reference), abs=1e-4)
+    assert exact["quality_loss"] != 0

@@ -403,6 +403,37 @@ class Endpoint:
         finally:
             connection.close()
 
+    def ask(self, path: str, body: Mapping[str, object], *, timeout_seconds: float = 300.0) -> dict[str, Any]:
+        """The answer to a request that is no part of the load, as a JSON object.
+
+        Args:
+            path: below the host, `/v1/completions` or `/tokenize`.
+            body: of the request.
+            timeout_seconds: without a byte from the server.
+
+        Raises:
+            RuntimeError: nobody answers, the request is refused, or the answer is no JSON object.
+        """
+        connection = self.connect(timeout_seconds)
+        headers = {"Content-Type": "application/json", **self.headers()}
+        try:
+            connection.request("POST", path, json.dumps(body).encode(), headers)
+            with connection.getresponse() as response:
+                status, said = response.status, response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise RuntimeError(f"POST {path} brought no answer: {_said(error)}") from error
+        finally:
+            connection.close()
+        if status != http.HTTPStatus.OK:
+            raise RuntimeError(f"POST {path} brought HTTP {status}: {_message(said)}")
+        try:
+            answer = json.loads(said)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise RuntimeError(f"POST {path} brought no JSON object: {cut(said.decode(errors='replace'), 80)}")
+        return answer
+
 
 def models(endpoint: Endpoint) -> tuple[str, ...]:
     """The names that `GET /v1/models` lists.

@@ -8,8 +8,10 @@ The pieces are those of vLLM 0.32 and of llama.cpp's server, as both streamed th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -42,6 +44,7 @@ class Engine:
         last_words=f"(EngineCore pid=112) ERROR 05-01 14:39:06 [core.py:1131] {CUDA_OUT_OF_MEMORY}",
         timed=False,
         pages=None,
+        nats=9.68,
     ):
         """`last_words`: its log when memory runs out; `timed`: it says how long both phases took, as llama.cpp does;
         `pages`: further paths with the JSON that they bring."""
@@ -49,6 +52,7 @@ class Engine:
         self.begins = int(start or 0)
         self.model, self.metrics, self.token_seconds = model, metrics, token_seconds
         self.last_words, self.timed, self.pages = last_words, timed, pages or {}
+        self.nats = nats
         self.requests, self.headers, self.in_flight, self.most_in_flight = [], [], 0, 0
         self.lock = threading.Lock()
         self.seats = threading.Semaphore(seats)
@@ -139,6 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.left = True
 
     def answer(self, asked, number, mode):
+        if self.path == "/tokenize":
+            return self.tokenize(asked, mode)
         if asked["model"] != self.served.model:
             return self.error(404, f"The model `{asked['model']}` does not exist.", "NotFoundError")
         chat = self.path.endswith("/chat/completions")
@@ -171,7 +177,42 @@ class _Handler(BaseHTTPRequestHandler):
             os._exit(1)
         if mode == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.stream(asked, chat, prompt, mode)
+        return self.stream(asked, chat, prompt, mode) if asked.get("stream") else self.at_once(asked, prompt, mode)
+
+    def tokenize(self, asked, mode):
+        """As vLLM 0.32: a word or a mark is a token here."""
+        if mode == "no-tokenizer":
+            return self.error(500, "Unable to get tokenizer because `skip_tokenizer_init=True`", "InternalServerError")
+        words = re.findall(r"\w+|[^\w\s]", asked["prompt"])
+        tokens = [1000 + int(hashlib.sha256(word.encode()).hexdigest(), 16) % 1000 for word in words]
+        tokens = tokens if mode != "few-tokens" else tokens[:5]
+        return self.reply(200, {"count": len(tokens), "max_model_len": 4096, "tokens": tokens, "token_strs": None})
+
+    def at_once(self, asked, prompt, mode):
+        """Several prompts of token ids, each with its own answer, as vLLM 0.32 gives them."""
+        if mode == "reset-unstreamed":
+            self.close_connection = True
+            return None
+        prompts = prompt if isinstance(prompt[0], list) else [prompt]
+        choices = []
+        for index, ids in enumerate(prompts):
+            choice = {"index": index, "text": "x" * asked["max_tokens"], "finish_reason": "length", "logprobs": None}
+            choice |= {"stop_reason": None, "token_ids": None, "prompt_logprobs": None, "prompt_token_ids": None}
+            if asked.get("return_token_ids") and mode != "no-token-ids":
+                choice |= {"token_ids": [2000 + i for i in range(asked["max_tokens"])], "prompt_token_ids": ids}
+            if asked.get("prompt_logprobs") is not None and mode != "no-logprobs":
+                # Beside the token itself its rank and text; nothing is known of the first one.
+                logprob = {"nan": None, "impossible": -9999.0}.get(mode, -self.served.nats)
+                told = {"logprob": logprob, "rank": 7, "decoded_token": "x"}
+                choice["prompt_logprobs"] = [None, *({str(i): told} for i in ids[1:])]
+                if mode == "other-tokens":
+                    choice["prompt_logprobs"] = [None, *({"1": told} for _ in ids[1:])]
+            choices.append(choice)
+        if mode == "one-choice":
+            choices = choices[:1]
+        usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": asked["max_tokens"] * len(prompts)}
+        self.leave()
+        return self.reply(200, {"id": "cmpl-1", "object": "text_completion", "choices": choices, "usage": usage})
 
     def stream(self, asked, chat, prompt, mode):
         self.send_response(200)

@@ -131,7 +131,9 @@ def serve(model, arguments):
         f'gpu_memory_utilization="{arguments.get("gpu_memory_utilization", 0.92)}",kv_cache_size_tokens="77568"}} 1.0\n'
     )
     seats = arguments.get("max_num_seqs", 128)
-    with Engine(mode, model=model, port=arguments["port"], seats=seats, metrics=metrics):
+    # A cache of 8 bits costs quality.
+    nats = 9.5 + 0.02 * str(arguments.get("kv_cache_dtype", "auto")).startswith("fp8")
+    with Engine(mode, model=model, port=arguments["port"], seats=seats, metrics=metrics, nats=nats):
         if mode != "stubborn":
             signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
         while True:
