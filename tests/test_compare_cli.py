@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -297,6 +298,12 @@ def test_a_template_is_compared_beside_the_others_and_every_call_is_stored():
     header = read_question(Path("results/compare-c"))
     assert header.llm == "openai:m"
     assert header.started_unix > 0
+
+
+def test_the_table_says_which_model_answered_and_when():
+    with Provider(proposals()) as provider:
+        done = talk(provider, "--seeds", 1, methods="enhanced")
+    assert re.search(r"^enhanced: answered by \S+, \d{4}-\d\d-\d\d$", done.stdout, re.MULTILINE)
 
 
 def test_stored_answers_make_identical_runs_with_the_server_off():

@@ -1576,7 +1576,7 @@ def _show_outcome(screen: Screen, outcome: Outcome, files: dict[str, str | None]
     from tuner.outcome import write
 
     if "-" not in files.values():
-        screen.comparison(outcome.problems, outcome.analysis, outcome.methods)
+        screen.comparison(outcome.problems, outcome.analysis, outcome.methods, outcome.chats)
         screen.facts([(f"cost of {method}", cost) for method, cost in outcome.costs.items()])
     made: dict[str, Callable[[], str]] = {
         "csv": outcome.to_csv,

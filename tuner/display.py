@@ -867,8 +867,17 @@ class Screen:
 
     # --- comparisons, on standard output ---
 
-    def comparison(self, problems: Sequence[Problem], analysis: Analysis, methods: Sequence[str]) -> None:
-        """What the runs show: each problem, then over all of them, then in words. `methods`: the best first."""
+    def comparison(
+        self,
+        problems: Sequence[Problem],
+        analysis: Analysis,
+        methods: Sequence[str],
+        chats: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """What the runs show: each problem, then over all of them, then in words.
+
+        `methods`: the best first; `chats`: who answered and when, with the methods that it proposed for.
+        """
         self._stop_live()
         for problem in problems:
             if problem.name not in analysis.problems:
@@ -890,6 +899,9 @@ class Screen:
             ),
             soft_wrap=not self._stdout.is_terminal,
         )
+        for who, asked in (chats or {}).items():
+            told = f"{' and '.join(asked)}: answered by {who}"
+            self._stdout.print(self._text(told, "dim"), soft_wrap=not self._stdout.is_terminal)
         self._stdout.print()
         for sentence in analysis.sentences:
             self._stdout.print(self._text(sentence), soft_wrap=not self._stdout.is_terminal)

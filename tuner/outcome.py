@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,18 @@ class Outcome:
             if self.prices and (read or written):
                 cost = (read * self.prices[0] + written * self.prices[1]) / 1e6
                 found[method] = f"{cost:.2f} for {read + written:,} tokens in {len(mine)} runs".replace(",", " ")
+        return found
+
+    @property
+    def chats(self) -> dict[str, list[str]]:
+        """Who answered, and when (`MODEL, 2026-11-25`, UTC): the methods that it proposed for."""
+        found: dict[str, list[str]] = {}
+        for method in self.methods:
+            mine = [r for r in self.runs if r.method == method and r.llm]
+            days = sorted({f"{datetime.fromtimestamp(r.started_unix, UTC):%Y-%m-%d}" for r in mine if r.started_unix})
+            period = " to ".join(dict.fromkeys([days[0], days[-1]])) if days else "date not told"
+            for name in sorted({r.llm for r in mine if r.llm}):
+                found.setdefault(f"{name}, {period}", []).append(method)
         return found
 
     # --- files ---
