@@ -1190,6 +1190,7 @@ class CommandEngine:
         self._server: Keeper | None = None
         self._keeper = stack.enter_context(Keeper())
         self.effective: Mapping[str, Value] = {}
+        self.starts_each_pass = spec.mode == "run"
 
     def start(self) -> None:
         """Start the server and wait until it serves; nothing where there is none."""

@@ -231,6 +231,11 @@ def test_the_second_trial_tries_something_else(run):
     assert second.config != first.config
 
 
+def test_loading_is_told_apart_unless_each_pass_starts_the_engine(run):
+    assert (run.trials[0].load_seconds is None) == (run.name == "command")
+    assert ("each to load" in run.said["out"]) == (run.name != "command")
+
+
 def test_nothing_is_left_running(run):
     assert run.said["left"] == []
 

@@ -131,6 +131,15 @@ class Judged(Protocol):
 
 
 @runtime_checkable
+class Momentary(Protocol):
+    """An engine that may end with each pass, as a benchmark's command does."""
+
+    @property
+    def starts_each_pass(self) -> bool:
+        """Whether the next pass starts it anew: then loading is inside of every window and not told apart."""
+
+
+@runtime_checkable
 class Explained(Protocol):
     """An engine that found figures outside the windows, such as `compile_seconds`."""
 
