@@ -643,6 +643,8 @@ def test_the_likelihood_of_a_token_that_was_forced_is_the_one_it_has_when_nothin
         )
         for at in (0, 7, 71):
             asked = {"prompt": row[: context + at], "n_predict": 1, "logprobs": 1024, "cache_prompt": False}
+            # A drawn end of sequence would bring no content, and no figures with it.
+            asked |= {"ignore_eos": True, "temperature": 0}
             content = engine._answer(asked)["choices"][0]["logprobs"]["content"][0]
             free = {top["id"]: top["logprob"] for top in content["top_logprobs"]}
             token, logprob = forced[0][at]
