@@ -452,6 +452,11 @@ def test_fewer_than_six_pairs_are_not_tested_and_the_sentence_says_so():
     assert found.sentence.endswith("fewer than 6 pairs can show nothing at 5 %)")
 
 
+def test_methods_that_need_as_many_are_not_said_to_need_fewer():
+    found = two([1, 5, 9], [5, 1, 9])
+    assert found.sentence.startswith("a and b need the same number of proposals (not tested, better in 1, worse in 1")
+
+
 def test_pairs_share_a_seed():
     runs = [*runs_at([1, 2, 3], method="a"), *(replace(r, seed=r.seed + 1) for r in runs_at([4, 6], method="b"))]
     found = analyse([problem()], runs, [FIVE]).comparisons[0]

@@ -381,6 +381,8 @@ class Comparison:
             said.append(f"taken one by one, shown better on {self.alone[0]} and worse on {self.alone[1]}")
         fewer = f"{0.0 - self.difference:.1f} proposals"
         beside = ", ".join(said) + (f"; {self.note}" if self.note else "")
+        if not self.distinct and self.p_holm is None and fewer == "0.0 proposals":
+            return f"{self.method} and {self.other} need the same number of proposals ({beside})"
         if self.distinct or self.p_holm is None:
             return f"{self.method} needs {fewer} fewer than {self.other} ({beside})"
         return f"{self.method} and {self.other} cannot be told apart (difference {fewer}, {beside})"
