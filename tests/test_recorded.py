@@ -29,7 +29,7 @@ def cells(text):
     return [[read(cell) for cell in row] for row in csv.reader(io.StringIO(text))]
 
 
-@pytest.mark.parametrize("name", ["chat", "live-llama"])
+@pytest.mark.parametrize("name", ["chat", "chat-twins", "live-llama"])
 def test_the_results_of_a_shipped_comparison_follow_from_its_runs(name):
     asked, runs = read_question(RECORDED / name), read_runs(RECORDED / name)
     outcome = Outcome.of(
