@@ -12,9 +12,8 @@ CHECKS = [
     ("types", [PYTHON, "-m", "mypy"]),
     (
         "tests",
-        # Four, whatever the cores: half of a test's time is waiting for processes, clocks and sockets.
         [
-            *(PYTHON, "-m", "pytest", "-q", "-n", "4", "--dist", "worksteal"),
+            *(PYTHON, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal"),
             *("--cov", "--cov-report=term", "--cov-fail-under=90", *sys.argv[1:]),
         ],
     ),

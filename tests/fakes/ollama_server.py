@@ -7,6 +7,7 @@ Ollama in two things: an option or a variable that it does not know is an error,
 
 import json
 import os
+import posix
 import re
 import sys
 import threading
@@ -129,7 +130,7 @@ class Handler(Engine.handler):
             return self.error(500, failure)
         if self.served.mode == "dies-loading":
             say("fatal error: runtime: cannot allocate memory")
-            os._exit(2)
+            posix._exit(2)  # coverage's own os._exit would write files while other threads run
         own = {name: value for name, value in options.items() if name in OPTIONS}
         with self.served.lock:
             if own != self.served.loaded:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posix
 import re
 import signal
 import sys
@@ -174,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
         if mode == "out-of-memory":
             sys.stderr.write(f"{self.served.last_words}\n")
             self.error(500, "EngineCore encountered an issue. See stack trace (above) for the root cause.")
-            os._exit(1)
+            posix._exit(1)  # coverage's own os._exit would write files while other threads run
         if mode == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         return self.stream(asked, chat, prompt, mode) if asked.get("stream") else self.at_once(asked, prompt, mode)
