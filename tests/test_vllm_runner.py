@@ -689,9 +689,6 @@ def test_vllm_itself_runs_the_load_and_reads_back_what_it_was_told(vllm, log):
     assert {name: effective[name] for name in changes} == changes
     assert [(w.units, w.prompt_tokens, w.failed_requests) for w in works] == [(32, 128, 0)] * 2
     assert all(len(w.itl_seconds) == 4 * 7 for w in works)
-    config = {**vllm.space(target).complete(changes), "max_num_seqs": 128, "max_num_batched_tokens": 64}
-    with pytest.raises(RuntimeError, match="max_num_batched_tokens"), vllm.launch(config, target):
-        pytest.fail("an engine was yielded")
 
 
 def trained_folder(vllm, folder):
@@ -749,6 +746,3 @@ def test_vllm_itself_judges_a_fixed_text_as_another_library_does(vllm, tmp_path,
     assert figures["quality_loss"] == 0
     # It computes in bfloat16, whose numbers are 0.4 % apart.
     assert figures["nll_nats_per_token"] == pytest.approx(likelihood(folder, reference), abs=0.02)
-    exact = judged(vllm, target, reference, compilation="eager", dtype="float32")
-    assert exact["nll_nats_per_token"] == pytest.approx(likelihood(folder, reference), abs=1e-4)
-    assert exact["quality_loss"] != 0
