@@ -27,14 +27,26 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuner.serving import Client, Endpoint, Load, Server, Symptoms, beside, cut, free_port, models, start_server
+from tuner.serving import (
+    Client,
+    Endpoint,
+    Load,
+    ServedEngine,
+    Server,
+    Symptoms,
+    beside,
+    cut,
+    free_port,
+    models,
+    start_server,
+)
 from tuner.serving import wait_ready as wait_until_ready
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value
-from tuner.trial import Service, Target, Work, refuse_empty_load
+from tuner.trial import Service, Target, refuse_empty_load
 
 _llama: Any = beside(__file__, "llama")
 """Its generated model, its reading of GGUF headers and of llama.cpp's log: they are the same engine's."""
@@ -550,7 +562,7 @@ def _fixed_words(config: Mapping[str, Value], target: Target, build: _Build) -> 
 
 
 @contextmanager
-def launch(config: Config, target: Target) -> Iterator[LlamaServer]:
+def launch(config: Config, target: Target) -> Iterator[ServedEngine]:
     """Start the engine, wait until it serves, send the load once to warm up, yield; stop it afterwards.
 
     Raises:
@@ -577,7 +589,7 @@ def launch(config: Config, target: Target) -> Iterator[LlamaServer]:
             token_ids=_ordinary(model.tokens),
             fields={"cache_prompt": False, **_whole_characters(target, model.tokens)},
         )
-        engine = LlamaServer(Client(endpoint, load, server), server, config)
+        engine = ServedEngine(Client(endpoint, load, server), _said(server, config))
         engine.run_pass()
         yield engine
     finally:
@@ -601,33 +613,6 @@ def _ordinary(tokens: tuple[int, ...]) -> range:
         run = range(run.start, token + 1) if token == run.stop else range(token, token + 1)
         best = run if len(run) > len(best) else best
     return best
-
-
-class LlamaServer:
-    """A running `llama-server` and its client."""
-
-    def __init__(self, client: Client, server: Server, config: Config) -> None:
-        self._client = client
-        self._read = _said(server, config)
-
-    @property
-    def effective(self) -> Mapping[str, Value]:
-        """The parameters as the engine's log names them; `concurrency` is the client's."""
-        return {"concurrency": self._client.load.concurrency, **self._read}
-
-    def change(self, config: Config) -> None:
-        """Go on with another `concurrency`, the only parameter that is the client's."""
-        self._client.load = replace(
-            self._client.load, concurrency=int(config.get("concurrency", self._client.load.prompts))
-        )
-
-    def run_pass(self) -> Work:
-        """Send the whole load once and wait for the last answer.
-
-        Raises:
-            RuntimeError: the engine ended, refused requests, or did other work than was asked for.
-        """
-        return self._client.run_pass()
 
 
 # --- what the engine says --------------------------------------------------------------------

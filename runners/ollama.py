@@ -29,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from tuner.serving import (
     Endpoint,
     Load,
     RequestFailed,
+    ServedEngine,
     Server,
     Symptoms,
     beside,
@@ -51,7 +52,7 @@ from tuner.serving import (
 )
 from tuner.serving import wait_ready as wait_until_ready
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, closest
-from tuner.trial import Service, Target, Work, refuse_empty_load
+from tuner.trial import Service, Target, refuse_empty_load
 
 _llama: Any = beside(__file__, "llama")
 """Its reading of llama.cpp's log, which is in Ollama's."""
@@ -446,7 +447,7 @@ def _options(config: Mapping[str, Value]) -> dict[str, Value]:
 
 
 @contextmanager
-def launch(config: Config, target: Target) -> Iterator[OllamaServer]:
+def launch(config: Config, target: Target) -> Iterator[ServedEngine]:
     """Start the server, load the model, send the load once to warm up, yield; stop it afterwards.
 
     Raises:
@@ -473,7 +474,7 @@ def launch(config: Config, target: Target) -> Iterator[OllamaServer]:
         client = _Client(Endpoint.parse(url), load, server)
         _load_model(client, server)
         client.measure_words()
-        engine = OllamaServer(client, server, config)
+        engine = ServedEngine(client, _said(server, config))
         engine.run_pass()
         yield engine
     finally:
@@ -560,33 +561,6 @@ class _Client(Client):
         # Nanoseconds.
         times = {"prompt_ms": last.get("prompt_eval_duration", 0) / 1e6, "predicted_ms": last["eval_duration"] / 1e6}
         return self.answer(counts, times, arrivals, seconds, load)
-
-
-class OllamaServer:
-    """A running `ollama serve` and its client."""
-
-    def __init__(self, client: _Client, server: Server, config: Config) -> None:
-        self._client = client
-        self._read = _said(server, config)
-
-    @property
-    def effective(self) -> Mapping[str, Value]:
-        """The parameters as the engine's log names them; `concurrency` is the client's."""
-        return {"concurrency": self._client.load.concurrency, **self._read}
-
-    def change(self, config: Config) -> None:
-        """Go on with another `concurrency`, the only parameter that is the client's."""
-        self._client.load = replace(
-            self._client.load, concurrency=int(config.get("concurrency", self._client.load.prompts))
-        )
-
-    def run_pass(self) -> Work:
-        """Send the whole load once and wait for the last answer.
-
-        Raises:
-            RuntimeError: the engine ended, refused requests, or did other work than was asked for.
-        """
-        return self._client.run_pass()
 
 
 # --- what the engine says --------------------------------------------------------------------

@@ -33,14 +33,25 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuner.serving import Client, Endpoint, Load, Server, Symptoms, beside, cut, free_port, models, start_server
+from tuner.serving import (
+    Client,
+    Endpoint,
+    Load,
+    ServedEngine,
+    Symptoms,
+    beside,
+    cut,
+    free_port,
+    models,
+    start_server,
+)
 from tuner.serving import wait_ready as wait_until_ready
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, show
-from tuner.trial import Service, Target, Work, refuse_empty_load
+from tuner.trial import Service, Target, refuse_empty_load
 
 _vllm: Any = beside(__file__, "vllm")
 """Its generated model, its reading of config.json, nvidia-smi and argparse's help: both engines take the same."""
@@ -545,7 +556,7 @@ def _fixed_words(target: Target, build: _Build, model: Any) -> list[str]:
 
 
 @contextmanager
-def launch(config: Config, target: Target) -> Iterator[SglangServer]:
+def launch(config: Config, target: Target) -> Iterator[ServedEngine]:
     """Start the engine, wait until it serves, send the load once to warm up, yield; stop it afterwards.
 
     Raises:
@@ -571,38 +582,11 @@ def launch(config: Config, target: Target) -> Iterator[SglangServer]:
             concurrency=int(config.get("concurrency", target.prompts)),
             token_ids=_vllm._ordinary(model),
         )
-        engine = SglangServer(Client(endpoint, load, server), server, config)
+        engine = ServedEngine(Client(endpoint, load, server), read_back(_server_info(endpoint), config))
         engine.run_pass()
         yield engine
     finally:
         server.stop()
-
-
-class SglangServer:
-    """A running SGLang server and its client."""
-
-    def __init__(self, client: Client, server: Server, config: Config) -> None:
-        self._client = client
-        self._read = read_back(_server_info(client.endpoint), config)
-
-    @property
-    def effective(self) -> Mapping[str, Value]:
-        """The parameters as the engine's `/server_info` names them; `concurrency` is the client's."""
-        return {"concurrency": self._client.load.concurrency, **self._read}
-
-    def change(self, config: Config) -> None:
-        """Go on with another `concurrency`, the only parameter that is the client's."""
-        self._client.load = replace(
-            self._client.load, concurrency=int(config.get("concurrency", self._client.load.prompts))
-        )
-
-    def run_pass(self) -> Work:
-        """Send the whole load once and wait for the last answer.
-
-        Raises:
-            RuntimeError: the engine ended, refused requests, or did other work than was asked for.
-        """
-        return self._client.run_pass()
 
 
 # --- what the engine says --------------------------------------------------------------------

@@ -34,15 +34,27 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tuner.quality import TEXT, Passage, drawn, judge, of_text
-from tuner.serving import LATE_SECONDS, Client, Endpoint, Load, Server, Symptoms, cut, free_port, models, start_server
+from tuner.serving import (
+    LATE_SECONDS,
+    Client,
+    Endpoint,
+    Load,
+    ServedEngine,
+    Server,
+    Symptoms,
+    cut,
+    free_port,
+    models,
+    start_server,
+)
 from tuner.serving import wait_ready as wait_until_ready
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, show
-from tuner.trial import Service, Target, Work, refuse_empty_load
+from tuner.trial import Service, Target, refuse_empty_load
 
 GIB = 2**30
 
@@ -935,7 +947,7 @@ def _environment(config: Config, target: Target, build: _Build) -> dict[str, str
 
 
 @contextmanager
-def launch(config: Config, target: Target) -> Iterator[VllmServer]:
+def launch(config: Config, target: Target) -> Iterator[ServedEngine]:
     """Start the engine, wait until it serves, send the load once to warm up, yield; stop it afterwards.
 
     Raises:
@@ -963,9 +975,8 @@ def launch(config: Config, target: Target) -> Iterator[VllmServer]:
             token_ids=_ordinary(model),
         )
         client = Client(endpoint, load, server)
-        engine = VllmServer(client, server, config)
-        if not _is_dummy(target):
-            engine = JudgedVllmServer(client, server, config, target)
+        said = read_back(server.log(), _metrics(endpoint), config)
+        engine = ServedEngine(client, said) if _is_dummy(target) else JudgedServer(client, said, server, target)
         engine.run_pass()
         yield engine
     finally:
@@ -977,42 +988,15 @@ def _ordinary(model: _Model) -> range:
     return range(min(500, model.vocabulary // 2), max(model.vocabulary * 9 // 10, model.vocabulary // 2 + 1))
 
 
-class VllmServer:
-    """A running `vllm serve` and its client."""
-
-    def __init__(self, client: Client, server: Server, config: Config) -> None:
-        self._client = client
-        self._read = read_back(server.log(), _metrics(client.endpoint), config)
-
-    @property
-    def effective(self) -> Mapping[str, Value]:
-        """The parameters as the engine's log and metrics name them; `concurrency` is the client's."""
-        return {"concurrency": self._client.load.concurrency, **self._read}
-
-    def change(self, config: Config) -> None:
-        """Go on with another `concurrency`, the only parameter that is the client's."""
-        self._client.load = replace(
-            self._client.load, concurrency=int(config.get("concurrency", self._client.load.prompts))
-        )
-
-    def run_pass(self) -> Work:
-        """Send the whole load once and wait for the last answer.
-
-        Raises:
-            RuntimeError: the engine ended, refused requests, or did other work than was asked for.
-        """
-        return self._client.run_pass()
-
-
-class JudgedVllmServer(VllmServer):
+class JudgedServer(ServedEngine):
     """One whose weights mean something.
 
     Those that the engine draws itself are within 0.001 of zero, the norms' too, so that every token is predicted
     alike whatever the precision: a loss of 0 would be no finding.
     """
 
-    def __init__(self, client: Client, server: Server, config: Config, target: Target) -> None:
-        super().__init__(client, server, config)
+    def __init__(self, client: Client, said: Mapping[str, Value], server: Server, target: Target) -> None:
+        super().__init__(client, said)
         self._server, self._target = server, target
 
     def quality(self, reference: Path) -> Mapping[str, float]:

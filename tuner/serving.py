@@ -47,7 +47,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tuner.space import Refused
+from tuner.space import Config, Refused, Value
 from tuner.supervise import TIDY_SECONDS, alive
 from tuner.trial import Target, Work
 
@@ -841,6 +841,33 @@ class Client:
         # Too many requests, or a failure of the server's own: the next one may be answered.
         transient = status == http.HTTPStatus.TOO_MANY_REQUESTS or status >= http.HTTPStatus.INTERNAL_SERVER_ERROR
         return RequestFailed(told) if transient else RuntimeError(told)
+
+
+class ServedEngine:
+    """An engine behind a client: of what a person may tune, only the requests in flight change while it runs."""
+
+    def __init__(self, client: Client, said: Mapping[str, Value]) -> None:
+        """`said`: the parameters as the engine names them after it has started."""
+        self._client = client
+        self._said = said
+
+    @property
+    def effective(self) -> Mapping[str, Value]:
+        """The parameters as the engine named them; `concurrency` is the client's."""
+        return {"concurrency": self._client.load.concurrency, **self._said}
+
+    def change(self, config: Config) -> None:
+        """Go on with another `concurrency`, the only parameter that is the client's."""
+        load = self._client.load
+        self._client.load = replace(load, concurrency=int(config.get("concurrency", load.prompts)))
+
+    def run_pass(self) -> Work:
+        """Send the whole load once and wait for the last answer.
+
+        Raises:
+            RuntimeError: the engine ended, refused requests, or did other work than was asked for.
+        """
+        return self._client.run_pass()
 
 
 def streamed(response: http.client.HTTPResponse, at: float) -> Iterator[tuple[float, bytes]]:
