@@ -19,7 +19,6 @@ Glossary
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import hashlib
@@ -46,10 +45,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tuner.installed import library, memory_bytes
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, closest, excerpt, show
 from tuner.trial import Service, Target, Unit, Work
 
 INSTALL = "pip install diffusers transformers torch scikit-image"
+
+_library = functools.partial(library, workload="diffusion", install=INSTALL)
 
 
 def unit(target: Target) -> Unit:
@@ -385,14 +387,6 @@ def _fingerprint_of(folder: Path, stats: tuple[tuple[str, int, int], ...]) -> st
 # --- the machine, asked from outside ---------------------------------------------------------
 
 
-def _library(name: str) -> Any:
-    """A package, imported now; `Refused` says how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise Refused(f"the diffusion workload cannot import {name} ({error}); install it with: {INSTALL}") from error
-
-
 @functools.cache
 def _versions() -> dict[str, str]:
     try:
@@ -441,16 +435,6 @@ def _machine() -> _Machine:
             f"torch does not run on this machine ({last}); try: pip install --force-reinstall torch"
         ) from None
     return _Machine(threads=said["threads"], gpu=_Gpu(**said["gpu"]) if said["gpu"] else None)
-
-
-def _memory_bytes() -> int | None:
-    """What this machine or this container has; None where the system does not say."""
-    found = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        found.append(1024 * int(re.findall(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())[0]))
-    with contextlib.suppress(OSError, ValueError):
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(found, default=None)
 
 
 def _can_compile(*, gpu: bool) -> bool:
@@ -646,7 +630,7 @@ def _constraints(known: Pipeline, target: Target, gpu: _Gpu | None) -> tuple[Con
                     lambda c: c["dtype"] != "bfloat16" or not on_gpu(c),
                 )
             )
-    memory = {"cpu": _memory_bytes(), **({"cuda": gpu.bytes} if gpu else {})}
+    memory = {"cpu": memory_bytes(), **({"cuda": gpu.bytes} if gpu else {})}
     count = known.weights
     if count is None:
         return tuple(rules)

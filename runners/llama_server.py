@@ -18,12 +18,9 @@ from __future__ import annotations
 
 import functools
 import math
-import mmap
 import os
 import re
 import shlex
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuner.installed import Program, memory_bytes
+from tuner.models import gguf
 from tuner.serving import (
     Client,
     Endpoint,
@@ -39,14 +38,15 @@ from tuner.serving import (
     Server,
     Symptoms,
     beside,
+    concurrency,
     cut,
     free_port,
     models,
     start_server,
 )
 from tuner.serving import wait_ready as wait_until_ready
-from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value
-from tuner.trial import Service, Target, refuse_empty_load
+from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, powers_of_two
+from tuner.trial import Service, Target, refuse_empty_load, refuse_long_load
 
 _llama: Any = beside(__file__, "llama")
 """Its generated model, its reading of GGUF headers and of llama.cpp's log: they are the same engine's."""
@@ -56,27 +56,26 @@ MIB = 2**20
 
 # --- the program -----------------------------------------------------------------------------
 
-INSTALL = (
-    "build it or download a release of the llama.cpp project, and put it on the PATH or set "
-    "TUNE_LLAMA_SERVER=/path/to/llama-server"
-)
 
 LOG_LEVEL = "4"
 """What the engine runs with stands in its log from here on; during a pass it is a dozen lines a request."""
 
-ASK_SECONDS = 120.0
-"""A build with a GPU opens its driver first."""
+ENVIRONMENT: Mapping[str, str] = {
+    # On a failed assertion ggml would start a debugger on itself.
+    "GGML_NO_BACKTRACE": "1",
+}
 
-
-def _program() -> str:
-    """The executable's path."""
-    named = os.environ.get("TUNE_LLAMA_SERVER")
-    found = shutil.which(Path(named).expanduser() if named else "llama-server")
-    if found is None and named:
-        raise Refused(f"TUNE_LLAMA_SERVER={cut(named, 100)}: expected the llama-server executable; {INSTALL}")
-    if found is None:
-        raise Refused(f"the llama-server workload finds no llama-server on the PATH; {INSTALL}")
-    return str(Path(found).absolute())
+PROGRAM = Program(
+    name="llama-server",
+    title="llama-server",
+    variable="TUNE_LLAMA_SERVER",
+    install="build it or download a release of the llama.cpp project, and put it on the PATH or set "
+    "TUNE_LLAMA_SERVER=/path/to/llama-server",
+    expected="the llama-server executable",
+    environment=ENVIRONMENT,
+    # A build with a GPU opens its driver first.
+    ask_seconds=120.0,
+)
 
 
 @dataclass(frozen=True)
@@ -108,17 +107,21 @@ class _Build:
 
 
 def _build() -> _Build:
-    program = _program()
+    program = PROGRAM.path()
     return _asked(program, Path(program).stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4)
 def _asked(program: str, _changed_ns: int) -> _Build:
-    flags = parse_help(_run(program, "--help"))
+    def said(*words: str, may_fail: bool = False) -> str:
+        # Builds differ in which of both outputs they write to.
+        return PROGRAM.run((program, *words), with_errors=True, may_fail=may_fail)
+
+    flags = parse_help(said("--help"))
     if not {"--model", "--port", "--ctx-size", "--parallel"} <= set(flags):
-        raise Refused(f"{program}: expected llama-server, but its --help lists no --parallel; {INSTALL}")
-    version = re.search(r"^version: (.+)$", _run(program, "--version"), re.MULTILINE)
-    listed = _run(program, "--list-devices") if "--list-devices" in flags else ""
+        raise Refused(f"{program}: expected llama-server, but its --help lists no --parallel; {PROGRAM.install}")
+    version = re.search(r"^version: (.+)$", said("--version"), re.MULTILINE)
+    listed = said("--list-devices") if "--list-devices" in flags else ""
     devices = [
         _Device(cut(name, 80), int(mib) * MIB)
         for name, mib in re.findall(r"^\s+\w+: (.+) \((\d+) MiB, \d+ MiB free\)", listed, re.MULTILINE)
@@ -126,7 +129,7 @@ def _asked(program: str, _changed_ns: int) -> _Build:
     # Without a model it fails, but not before it has logged the threads that it would have used.
     aloud = ("--log-verbosity", LOG_LEVEL) if "--log-verbosity" in flags else ()
     where = ("--host", "127.0.0.1", "--port", str(free_port()))
-    log = _run(program, "--model", os.devnull, *where, *aloud, may_fail=True)
+    log = said("--model", os.devnull, *where, *aloud, may_fail=True)
     threads = re.search(r"n_threads = (\d+)", log)
     return _Build(
         program=program,
@@ -136,29 +139,6 @@ def _asked(program: str, _changed_ns: int) -> _Build:
         threads=int(threads[1]) if threads else len(os.sched_getaffinity(0)),
         openmp="OPENMP = 1" in log,
     )
-
-
-def _run(program: str, *words: str, may_fail: bool = False) -> str:
-    """Both outputs of a short run: builds differ in which of them they write to."""
-    shown = shlex.join([program, *words])
-    try:
-        done = subprocess.run(
-            [program, *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            errors="replace",
-            timeout=ASK_SECONDS,
-            env={**os.environ, **ENVIRONMENT},
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Refused(f"{shown}: llama-server does not run here ({cut(str(error), 120)}); {INSTALL}") from error
-    if done.returncode != 0 and not may_fail:
-        last = (done.stdout.strip().splitlines() or ["it printed nothing"])[-1]
-        raise Refused(f"{shown}: llama-server does not run here ({cut(last, 200)})")
-    return done.stdout
 
 
 def parse_help(text: str) -> dict[str, str]:
@@ -182,26 +162,9 @@ def parse_help(text: str) -> dict[str, str]:
 # --- the model -------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=8)
-def _cache_values_per_token(path: Path, _changed_ns: int) -> int:
-    """Numbers that one token leaves in the cache, over all layers; 0 where the header does not say."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        pairs = _llama._metadata(data)
-    own = {key.removeprefix(f"{pairs['general.architecture']}."): value for key, value in pairs.items()}
-    heads = own.get("attention.head_count", 0)
-    kv_heads, layers = own.get("attention.head_count_kv", heads), own["block_count"]
-    if isinstance(heads, tuple):
-        heads = max(heads)
-    if not heads:
-        return 0
-    width = own["embedding_length"] // heads
-    per_head = own.get("attention.key_length", width) + own.get("attention.value_length", width)
-    return int(per_head * (sum(kv_heads) if isinstance(kv_heads, tuple) else kv_heads * layers))
-
-
 def _needed_bytes(model: Any, config: Mapping[str, Value], target: Target) -> float:
     """Weights and cache."""
-    values = _cache_values_per_token(model.path, model.path.stat().st_mtime_ns) / 2
+    values = model.cache_values_per_token / 2
     types = (str(config.get(f"cache_type_{side}", "f16")) for side in ("k", "v"))
     context = _context(config, target)
     return float(model.bytes + context * sum(values * BYTES_OF[kind] for kind in types))
@@ -210,14 +173,9 @@ def _needed_bytes(model: Any, config: Mapping[str, Value], target: Target) -> fl
 BYTES_OF: Mapping[str, float] = {"f16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32}
 
 
-def _memory_bytes() -> int:
-    """Main memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def _context(config: Mapping[str, Value], target: Target) -> int:
     """Tokens of context for all slots together (`_context` of the `llama` workload says why)."""
-    return int(_llama._context({"parallel": 4, "n_batch": 2048, **config}, target))
+    return int(_llama.context({"parallel": 4, "n_batch": 2048, **config}, target))
 
 
 def describe(target: Target) -> str:
@@ -266,12 +224,8 @@ def notes(target: Target) -> list[str]:
 
 def _space(target: Target) -> tuple[SearchSpace, list[str]]:
     refuse_empty_load(target)
-    build, model = _build(), _llama._model(target)
-    if 0 < model.context < target.prompt_tokens + target.output_tokens:
-        raise Refused(
-            f"--prompt-tokens {target.prompt_tokens} and --output-tokens {target.output_tokens}: expected at most "
-            f"{model.context} tokens together, the context {model.path.name} was trained on"
-        )
+    build, model = _build(), gguf.read(target)
+    refuse_long_load(target, model.context, f"{model.path.name} was trained on")
     fixed = {word.partition("=")[0] for word in target.engine_args}
     kept: list[Parameter] = []
     said: list[str] = []
@@ -301,20 +255,9 @@ def _parameters(target: Target, build: _Build, model: Any) -> list[Parameter]:
     """Every parameter that could be offered here, whether this build has its flag or not."""
     cpus = max(len(os.sched_getaffinity(0)), build.threads)
     prompt_batch = 2 ** math.ceil(math.log2(target.prompts * target.prompt_tokens))
-    parameters: list[Parameter] = []
-    if target.request_rate is None:
-        parameters.append(
-            Int(
-                name="concurrency",
-                meaning="requests that the client keeps in flight: beyond the number of slots they wait in the queue, "
-                "and with fewer some slots stay empty",
-                default=target.prompts,
-                low=1,
-                high=target.prompts,
-                log=True,
-                scope="request",
-            )
-        )
+    parameters = concurrency(
+        target, "beyond the number of slots they wait in the queue, and with fewer some slots stay empty"
+    )
     # The engine's own `-np -1` is 4 slots with a unified cache.
     parameters.append(
         Int(
@@ -381,7 +324,7 @@ def _parameters(target: Target, build: _Build, model: Any) -> list[Parameter]:
             "larger buffers",
             default=512,
             effect="numerics",
-            values=_llama._powers_of_two(8, max(512, prompt_batch)),
+            values=powers_of_two(8, max(512, prompt_batch)),
             ordered=True,
         ),
         Choice(
@@ -389,7 +332,7 @@ def _parameters(target: Target, build: _Build, model: Any) -> list[Parameter]:
             meaning="tokens accepted in one engine call, split into n_ubatch pieces: with several slots it bounds how "
             "long new prompts hold up the slots that are generating",
             default=2048,
-            values=_llama._powers_of_two(32, max(2048, prompt_batch)),
+            values=powers_of_two(32, max(2048, prompt_batch)),
             ordered=True,
         ),
         Choice(
@@ -415,7 +358,7 @@ def _parameters(target: Target, build: _Build, model: Any) -> list[Parameter]:
             ordered=True,
         ),
     ]
-    if target.allow_lossy and model.head_width % _llama._CACHE_BLOCK == 0:
+    if target.allow_lossy and model.head_width % _llama.CACHE_BLOCK == 0:
         parameters += [
             Choice(
                 name=f"cache_type_{side}",
@@ -463,7 +406,7 @@ def _constraints(names: set[str], target: Target, build: _Build, model: Any) -> 
                 lambda c: c["cache_type_v"] == "f16" or c["flash_attention"] == "on",
             )
         )
-    memory, size = _memory_bytes(), model.bytes / GIB
+    memory, size = memory_bytes(), model.bytes / GIB
 
     def offloaded(config: Mapping[str, Value]) -> float:
         return int(config.get("n_gpu_layers", 0)) / int(model.layers + 1)
@@ -489,23 +432,18 @@ def _constraints(names: set[str], target: Target, build: _Build, model: Any) -> 
 
 def identity(target: Target) -> dict[str, str]:
     """Engine, version, model and device: what must agree before results may meet."""
-    build, model = _build(), _llama._model(target)
+    build, model = _build(), gguf.read(target)
     return {
         "engine": "llama.cpp (llama-server)",
         "engine_version": build.version,
-        "model": model.path.name if target.model is not None else f"generated llama {_llama._shape(target).label}",
-        "model_sha256": _llama._fingerprint(model),
+        "model": model.path.name if target.model is not None else f"generated llama {gguf.shape_of(target).label}",
+        "model_sha256": gguf.fingerprint(model),
         "device": ", ".join(d.name for d in build.devices) or "cpu",
         **({"engine_args": shlex.join(target.engine_args)} if target.engine_args else {}),
     }
 
 
 # --- running it ------------------------------------------------------------------------------
-
-ENVIRONMENT: Mapping[str, str] = {
-    # On a failed assertion ggml would start a debugger on itself.
-    "GGML_NO_BACKTRACE": "1",
-}
 
 SYMPTOMS = Symptoms(
     out_of_memory=(
@@ -570,7 +508,7 @@ def launch(config: Config, target: Target) -> Iterator[ServedEngine]:
         RuntimeError: the engine cannot run this configuration, or the warm-up failed; the message holds the line of
             its log that says why.
     """
-    build, model = _build(), _llama._model(target)
+    build, model = _build(), gguf.read(target)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     argv = [
@@ -657,7 +595,7 @@ def command(config: Config, target: Target) -> str:
 
 
 def _command(config: Config, target: Target) -> list[str]:
-    build, model, default = _build(), _llama._model(target), space(target).default()
+    build, model, default = _build(), gguf.read(target), space(target).default()
     changed = {name: value for name, value in config.items() if value != default.get(name)}
     # Naming a number of slots, even the automatic one, turns the automatic unified cache off.
     if {"parallel", "kv_unified"} & changed.keys():

@@ -24,7 +24,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tuner.installed import Program, gpus_here, memory_bytes
+from tuner.models import gguf
 from tuner.serving import (
     WORDS,
     Answer,
@@ -44,6 +45,7 @@ from tuner.serving import (
     Server,
     Symptoms,
     beside,
+    concurrency,
     cut,
     first_line,
     free_port,
@@ -51,35 +53,27 @@ from tuner.serving import (
     streamed,
 )
 from tuner.serving import wait_ready as wait_until_ready
-from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, closest
-from tuner.trial import Service, Target, refuse_empty_load
+from tuner.space import Choice, Config, Constraint, Int, Refused, SearchSpace, Value, closest, powers_of_two
+from tuner.trial import Service, Target, refuse_empty_load, refuse_long_load
 
 _llama: Any = beside(__file__, "llama")
 """Its reading of llama.cpp's log, which is in Ollama's."""
-_vllm: Any = beside(__file__, "vllm")
-"""Its reading of nvidia-smi."""
 
 GIB = 2**30
 
 # --- the program -----------------------------------------------------------------------------
 
-INSTALL = "install it from the Ollama project and put it on the PATH, or set TUNE_OLLAMA=/path/to/ollama"
-
 READY = "/api/version"
 
-ASK_SECONDS = 60.0
-"""For a server that only answers questions; it looks for GPUs first."""
-
-
-def _program() -> str:
-    """The executable's path."""
-    named = os.environ.get("TUNE_OLLAMA")
-    found = shutil.which(Path(named).expanduser() if named else "ollama")
-    if found is None and named:
-        raise Refused(f"TUNE_OLLAMA={cut(named, 100)}: expected the ollama executable; {INSTALL}")
-    if found is None:
-        raise Refused(f"the ollama workload finds no ollama on the PATH; {INSTALL}")
-    return str(Path(found).absolute())
+PROGRAM = Program(
+    name="ollama",
+    title="Ollama",
+    variable="TUNE_OLLAMA",
+    install="install it from the Ollama project and put it on the PATH, or set TUNE_OLLAMA=/path/to/ollama",
+    expected="the ollama executable",
+    # Of a server that only answers questions; it looks for GPUs first.
+    ask_seconds=60.0,
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +103,7 @@ def _model(target: Target) -> _Model:
                 f"{option}: Ollama serves its own models as they are and takes no arguments; leave it out (variables "
                 "such as OLLAMA_SCHED_SPREAD reach it from the environment)"
             )
-    program = _program()
+    program = PROGRAM.path()
     return _asked(program, Path(program).stat().st_mtime_ns, target.model, os.environ.get("OLLAMA_MODELS"))
 
 
@@ -123,17 +117,17 @@ def _asked(program: str, _changed_ns: int, name: str | None, _folder: str | None
             [program, "serve"], name="ollama", env=_environment(port), symptoms=SYMPTOMS, output=log.fileno()
         )
         try:
-            wait_until_ready(url, server, timeout_seconds=ASK_SECONDS, path=READY)
+            wait_until_ready(url, server, timeout_seconds=PROGRAM.ask_seconds, path=READY)
             return _describe(Endpoint.parse(url), name)
         except RuntimeError as error:
-            raise Refused(f"{program}: Ollama does not run here ({cut(str(error), 250)}); {INSTALL}") from error
+            raise Refused(f"{program}: Ollama does not run here ({cut(str(error), 250)}); {PROGRAM.install}") from error
         finally:
             server.stop()
 
 
 def _describe(endpoint: Endpoint, name: str | None) -> _Model:
     """The model of that name, as this server knows it."""
-    offered = {str(m["name"]): m for m in _ask(endpoint, "/api/tags").get("models") or [] if "name" in m}
+    offered = {str(m["name"]): m for m in endpoint.ask("/api/tags").get("models") or [] if "name" in m}
     listed = cut(", ".join(offered) or "none", 200)
     if name is None:
         raise Refused(f"the ollama workload tunes a model of Ollama's: name it, --model NAME (there is {listed})")
@@ -145,18 +139,18 @@ def _describe(endpoint: Endpoint, name: str | None) -> _Model:
             f"--model {cut(name, 80)}: Ollama has no such model{closest(name, list(offered))} (there is {listed}); "
             f"get it with: ollama pull {shlex.quote(cut(name, 80))}{elsewhere}"
         )
-    shown = _ask(endpoint, "/api/show", {"model": found["name"]})
+    shown = endpoint.ask("/api/show", {"model": found["name"]})
     about = shown.get("model_info") or {}
     own = {key.removeprefix(f"{about.get('general.architecture')}."): value for key, value in about.items()}
     return _Model(
-        version=cut(str(_ask(endpoint, READY).get("version", "not said")), 80),
+        version=cut(str(endpoint.ask(READY).get("version", "not said")), 80),
         name=str(found["name"]),
         digest=str(found.get("digest", "not said")),
         bytes=int(found.get("size") or 0),
         quantisation=cut(str((found.get("details") or {}).get("quantization_level") or "not said"), 40),
         layers=_number(own.get("block_count")),
         context=_number(own.get("context_length")),
-        cache_values_per_token=_cache_values(own),
+        cache_values_per_token=gguf.cache_values_per_token(own),
     )
 
 
@@ -165,39 +159,6 @@ SYSTEM_MODELS = Path("/usr/share/ollama/.ollama/models")
 
 def _number(value: object) -> int:
     return int(value) if isinstance(value, int | float) else 0
-
-
-def _cache_values(own: Mapping[str, Any]) -> int:
-    """Numbers that one token leaves in the cache; 0 where the shape is not said as one number a layer."""
-    heads, layers = _number(own.get("attention.head_count")), _number(own.get("block_count"))
-    kv_heads = _number(own.get("attention.head_count_kv", heads))
-    if not heads:
-        return 0
-    width = _number(own.get("embedding_length")) // heads
-    per_head = sum(_number(own.get(f"attention.{side}_length", width)) for side in ("key", "value"))
-    return per_head * kv_heads * layers
-
-
-def _ask(endpoint: Endpoint, path: str, body: object = None, seconds: float = 30.0) -> dict[str, Any]:
-    """The JSON object that a question brings.
-
-    Raises:
-        RuntimeError: nobody answers, or with an error, whose message it is.
-    """
-    connection = endpoint.connect(seconds)
-    try:
-        data = None if body is None else json.dumps(body)
-        connection.request("GET" if body is None else "POST", endpoint.root + path, data, endpoint.headers())
-        with connection.getresponse() as response:
-            answer = response.read()
-            said = json.loads(answer) if answer.strip() else {}
-            if response.status != http.HTTPStatus.OK:
-                raise RuntimeError(cut(str(said.get("error", answer.decode(errors="replace")))))
-            return dict(said)
-    except (OSError, http.client.HTTPException, ValueError, TypeError, AttributeError) as error:
-        raise RuntimeError(f"{path} brought no answer ({cut(str(error), 100) or type(error).__name__})") from error
-    finally:
-        connection.close()
 
 
 def describe(target: Target) -> str:
@@ -243,27 +204,10 @@ def space(target: Target) -> SearchSpace:
         Refused: Ollama or the model is not there, or the load does not fit it.
     """
     refuse_empty_load(target)
-    model, gpus = _model(target), _vllm._gpus()
-    if 0 < model.context < target.prompt_tokens + target.output_tokens:
-        raise Refused(
-            f"--prompt-tokens {target.prompt_tokens} and --output-tokens {target.output_tokens}: expected at most "
-            f"{model.context} tokens together, the context of {model.name}"
-        )
+    model, gpus = _model(target), gpus_here()
+    refuse_long_load(target, model.context, f"of {model.name}")
     cpus = len(os.sched_getaffinity(0))
-    parameters: list[Parameter] = []
-    if target.request_rate is None:
-        parameters.append(
-            Int(
-                name="concurrency",
-                meaning="requests that the client keeps in flight: beyond num_parallel they wait in the queue, and "
-                "with fewer some slots stay empty",
-                default=target.prompts,
-                low=1,
-                high=target.prompts,
-                log=True,
-                scope="request",
-            )
-        )
+    parameters = concurrency(target, "beyond num_parallel they wait in the queue, and with fewer some slots stay empty")
     parameters.append(
         Int(
             name="num_parallel",
@@ -295,7 +239,7 @@ def space(target: Target) -> SearchSpace:
             meaning="CPU threads that compute: beyond what saturates the memory bus they burn power without speed; "
             "auto takes as many as the engine chooses",
             default="auto",
-            values=("auto", *sorted({*_vllm._powers_of_two(1, cpus), cpus})),
+            values=("auto", *sorted({*powers_of_two(1, cpus), cpus})),
         ),
         Choice(
             name="num_batch",
@@ -339,7 +283,7 @@ def _constraints(names: set[str], target: Target, model: _Model, gpus: Sequence[
                 lambda c: c["kv_cache_type"] == "f16" or c["flash_attention"] == "on",
             )
         )
-    memory, size = _memory_bytes(), model.bytes / GIB
+    memory, size = memory_bytes(), model.bytes / GIB
 
     def offloaded(config: Mapping[str, Value]) -> float:
         return int(config.get("num_gpu", 0)) / (model.layers + 1)
@@ -369,11 +313,6 @@ def _needed_bytes(model: _Model, config: Mapping[str, Value], target: Target) ->
     return model.bytes + tokens * model.cache_values_per_token * BYTES_OF[str(config.get("kv_cache_type", "f16"))]
 
 
-def _memory_bytes() -> int:
-    """Main memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def _context(target: Target) -> int:
     """Tokens of a slot's context: a prompt of words is only about as long as asked for."""
     return math.ceil((1.25 * target.prompt_tokens + target.output_tokens + 64) / 256) * 256
@@ -387,7 +326,7 @@ def identity(target: Target) -> dict[str, str]:
         "engine_version": model.version,
         "model": model.name,
         "model_sha256": model.digest,
-        "device": ", ".join(gpu.name for gpu in _vllm._gpus()) or "cpu",
+        "device": ", ".join(gpu.name for gpu in gpus_here()) or "cpu",
     }
 
 
@@ -461,7 +400,7 @@ def launch(config: Config, target: Target) -> Iterator[ServedEngine]:
     if config.get("flash_attention") == "auto":
         # The user's own setting would be another configuration than it says.
         environment["OLLAMA_FLASH_ATTENTION"] = ""
-    server = start_server([_program(), "serve"], name="Ollama", env=environment, symptoms=SYMPTOMS)
+    server = start_server([PROGRAM.path(), "serve"], name="Ollama", env=environment, symptoms=SYMPTOMS)
     try:
         wait_until_ready(url, server, timeout_seconds=START_SECONDS, path=READY)
         load = _Load.of(
@@ -490,7 +429,7 @@ def _load_model(client: _Client, server: Server) -> None:
     load = client.load
     body = {"model": load.model, "keep_alive": -1, "stream": False, "options": load.options}
     try:
-        _ask(client.endpoint, "/api/generate", body, START_SECONDS)
+        client.endpoint.ask("/api/generate", body, timeout_seconds=START_SECONDS)
     except RuntimeError as error:
         if (end := server.end(1.0)) is not None:
             raise RuntimeError(f"Ollama ended while loading the model ({end}): {server.cause()}") from error
@@ -654,6 +593,6 @@ def service(config: Config, target: Target) -> Service:
         argv=("ollama", "serve"),
         env={"OLLAMA_HOST": f"127.0.0.1:{PORT}", **variables},
         port=PORT,
-        gpus=bool(_vllm._gpus()),
+        gpus=bool(gpus_here()),
         modelfile="\n".join(lines),
     )

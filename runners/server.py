@@ -28,8 +28,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tuner.serving import Client, Endpoint, Load, cut, models
-from tuner.space import Choice, Config, Int, Parameter, Refused, SearchSpace, Value, closest
+from tuner.serving import Client, Endpoint, Load, concurrency, cut, models
+from tuner.space import Choice, Config, Refused, SearchSpace, Value, closest
 from tuner.trial import Target, Work, refuse_empty_load
 
 USUAL_CONCURRENCY = 8
@@ -157,20 +157,11 @@ def space(target: Target) -> SearchSpace:
     refuse_empty_load(target)
     endpoint = _endpoint(target)
     _model(endpoint, target)
-    parameters: list[Parameter] = []
-    if target.request_rate is None:
-        parameters.append(
-            Int(
-                name="concurrency",
-                meaning="requests in flight at a time: more of them share each step of the engine, up to the number of "
-                "sequences that it takes; those beyond it wait",
-                default=min(USUAL_CONCURRENCY, target.prompts),
-                low=1,
-                high=target.prompts,
-                log=True,
-                scope="request",
-            )
-        )
+    parameters = concurrency(
+        target,
+        "more of them share each step of the engine, up to the number of sequences that it takes; those beyond wait",
+        USUAL_CONCURRENCY,
+    )
     if target.allow_lossy:
         parameters.append(
             Choice(

@@ -20,16 +20,12 @@ Glossary
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import itertools
 import json
 import math
-import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -37,53 +33,66 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuner.installed import Flag, Program, gpus_here, packaged, parse_help
+from tuner.models import hugging_face
 from tuner.serving import (
     Client,
     Endpoint,
     Load,
     ServedEngine,
     Symptoms,
-    beside,
-    cut,
+    concurrency,
     free_port,
     models,
     start_server,
 )
 from tuner.serving import wait_ready as wait_until_ready
-from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, show
-from tuner.trial import Service, Target, refuse_empty_load
-
-_vllm: Any = beside(__file__, "vllm")
-"""Its generated model, its reading of config.json, nvidia-smi and argparse's help: both engines take the same."""
+from tuner.space import (
+    Choice,
+    Config,
+    Constraint,
+    Parameter,
+    Refused,
+    SearchSpace,
+    Value,
+    power_of_two,
+    powers_of_two,
+    show,
+)
+from tuner.trial import Service, Target, refuse_empty_load, refuse_long_load
 
 GIB = 2**30
 MODULE = ("-m", "sglang.launch_server")
 
 # --- the program -----------------------------------------------------------------------------
 
-INSTALL = (
-    "install it in an environment of its own (python -m venv sglang-env; sglang-env/bin/pip install sglang) and set "
-    "TUNE_SGLANG=sglang-env/bin/python"
-)
+ENVIRONMENT: Mapping[str, str] = {
+    # A trial downloads nothing and reports to nobody.
+    "HF_HUB_OFFLINE": "1",
+    "DO_NOT_TRACK": "1",
+    "PYTHONUNBUFFERED": "1",
+}
 
-HELP_SECONDS = 600.0
-"""It imports torch to print its help."""
+PROGRAM = Program(
+    name="sglang",
+    title="SGLang",
+    variable="TUNE_SGLANG",
+    install="install it in an environment of its own (python -m venv sglang-env; sglang-env/bin/pip install sglang) "
+    "and set TUNE_SGLANG=sglang-env/bin/python",
+    expected="a python that has SGLang, or sglang",
+    environment=ENVIRONMENT,
+    # It imports torch to print its help.
+    ask_seconds=600.0,
+)
 
 
 def _program() -> tuple[str, ...]:
-    """The words that start the server: TUNE_SGLANG, else `sglang` on the PATH, else the module of this Python."""
-    if named := os.environ.get("TUNE_SGLANG"):
-        found = shutil.which(Path(named).expanduser())
-        if found is None:
-            raise Refused(f"TUNE_SGLANG={cut(named, 100)}: expected a python that has SGLang, or sglang; {INSTALL}")
-    else:
-        found = shutil.which("sglang")
-    if found is not None:
-        path = str(Path(found).absolute())
-        return (path, *MODULE) if Path(path).name.startswith("python") else (path, "serve")
+    """The words that start the server: what TUNE_SGLANG or the PATH names, else the module of this Python."""
+    if found := PROGRAM.find():
+        return (found, *MODULE) if Path(found).name.startswith("python") else (found, "serve")
     if importlib.util.find_spec("sglang") is not None:
         return (sys.executable, *MODULE)
-    raise Refused(f"the sglang workload needs SGLang, and there is no sglang on the PATH; {INSTALL}")
+    raise PROGRAM.missing()
 
 
 @dataclass(frozen=True)
@@ -91,8 +100,7 @@ class _Build:
     """The installed SGLang."""
 
     version: str
-    flags: Mapping[str, Any]
-    """What the help says of each flag, with the `choices` that it lists."""
+    flags: Mapping[str, Flag]
 
     def listed(self, flag: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
         """Those of `wanted` that the help lists for a flag."""
@@ -105,55 +113,11 @@ def _build() -> _Build:
 
 
 @functools.lru_cache(maxsize=4)
-def _asked(program: tuple[str, ...], changed_ns: int) -> _Build:
-    """Version and flags, from disk where this very program was asked before."""
-    version = _version(program)
-    key = hashlib.sha256(json.dumps([program, changed_ns, version]).encode()).hexdigest()[:16]
-    name = f"sglang-{re.sub(r'[^A-Za-z0-9.+-]', '_', version)}-{key}.txt"
-    kept = _vllm._cache_folder() / "engines" / name
-    text = ""
-    with suppress(OSError):
-        text = kept.read_text()
-    if "--max-running-requests" not in text:
-        text = _run((*program, "--help"))
-        if "--max-running-requests" not in text:
-            raise Refused(f"{shlex.join(program)}: expected SGLang, but --help lists no --max-running-requests")
-        with suppress(OSError):  # without a cache it is only slower
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            part = kept.with_suffix(f".{os.getpid()}.part")
-            part.write_text(text)
-            part.replace(kept)
-    return _Build(version, _vllm.parse_help(text))
-
-
-def _version(program: tuple[str, ...]) -> str:
-    """From the installed package's own records, which takes no time; else `not said`."""
-    for place in (Path(program[0]).parent.parent, Path(program[0]).resolve().parent.parent):
-        for found in sorted(place.glob("lib/python3*/site-packages/sglang-*.dist-info")):
-            return found.name.removeprefix("sglang-").removesuffix(".dist-info")
-    return "not said"
-
-
-def _run(words: tuple[str, ...]) -> str:
-    """Standard output of a short run of the program."""
-    try:
-        done = subprocess.run(
-            words,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            # Help is wrapped to the terminal's width; with a fixed one it reads the same everywhere.
-            env={**os.environ, **ENVIRONMENT, "COLUMNS": "80"},
-            timeout=HELP_SECONDS,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Refused(f"{shlex.join(words)}: SGLang does not run here ({cut(str(error), 120)}); {INSTALL}") from error
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        raise Refused(f"{shlex.join(words)}: SGLang does not run here ({cut(last, 200)}); {INSTALL}")
-    return done.stdout
+def _asked(program: tuple[str, ...], _changed_ns: int) -> _Build:
+    found = packaged(program[0], "sglang")
+    version = found[1] if found else "not said"
+    text = PROGRAM.help(program, [("--help",)], marker="--max-running-requests", version=version)
+    return _Build(version, parse_help(text))
 
 
 # --- the machine and the model ---------------------------------------------------------------
@@ -164,7 +128,7 @@ def _gpus(target: Target) -> tuple[Any, ...]:
     words = " ".join(target.engine_args).replace("=", " ").split()
     if ("--device", "cpu") in itertools.pairwise(words):
         return ()
-    if gpus := _vllm._gpus():
+    if gpus := gpus_here():
         return tuple(gpus)
     raise Refused(
         "SGLang runs on GPUs, and nvidia-smi shows none here; a build of it for CPUs is asked for with "
@@ -183,11 +147,11 @@ SPARE_TOKENS = 8
 
 def describe(target: Target) -> str:
     """One line that says what is being run, and which flags this version lacks."""
-    build, model = _build(), _vllm._model(target)
+    build, model = _build(), hugging_face.read(target)
     size = f"{model.weights / 1e9:.1f}G" if model.weights >= 1e9 else f"{round(model.weights / 1e6)}M"
     kind = f"SGLang {build.version}, model: {model.name} ({size} weights, {model.layers} layers"
     drawn = ", drawn at random: speed and energy are those of its shape, its text is meaningless"
-    said = f"{kind}{drawn if _vllm._is_dummy(target) else ''})"
+    said = f"{kind}{drawn if hugging_face.is_dummy(target) else ''})"
     lacking = notes(target)
     return f"{said}; {'; '.join(lacking)}" if lacking else said
 
@@ -241,13 +205,9 @@ def notes(target: Target) -> list[str]:
 
 def _space(target: Target) -> tuple[SearchSpace, list[str]]:
     refuse_empty_load(target)
-    build, model = _build(), _vllm._model(target)
+    build, model = _build(), hugging_face.read(target)
     gpus = _gpus(target)
-    if 0 < model.context < target.prompt_tokens + target.output_tokens + SPARE_TOKENS:
-        raise Refused(
-            f"--prompt-tokens {target.prompt_tokens} and --output-tokens {target.output_tokens}: expected at most "
-            f"{model.context - SPARE_TOKENS} tokens together, the context of {model.name} less {SPARE_TOKENS}"
-        )
+    refuse_long_load(target, max(0, model.context - SPARE_TOKENS), f"of {model.name} less {SPARE_TOKENS}")
     fixed = {ALIASES.get(word.partition("=")[0], word.partition("=")[0]) for word in target.engine_args}
     said: list[str] = []
     kept: list[Parameter] = []
@@ -264,28 +224,17 @@ def _space(target: Target) -> tuple[SearchSpace, list[str]]:
 
 def _parameters(target: Target, build: _Build, model: Any, gpus: Sequence[Any]) -> list[Parameter]:
     """Every parameter that could be offered here, whether this version has its flag or not."""
-    parameters: list[Parameter] = []
-    if target.request_rate is None:
-        parameters.append(
-            Int(
-                name="concurrency",
-                meaning="requests that the client keeps in flight: beyond max_running_requests they wait in the queue, "
-                "and with fewer the steps are not full",
-                default=target.prompts,
-                low=1,
-                high=target.prompts,
-                log=True,
-                scope="request",
-            )
-        )
-    powers = _vllm._powers_of_two
+    parameters = concurrency(
+        target, "beyond max_running_requests they wait in the queue, and with fewer the steps are not full"
+    )
+    powers = powers_of_two
     parameters += [
         Choice(
             name="max_running_requests",
             meaning="requests that share a step: each step reads all weights once for all of them, so more share that "
             "cost until arithmetic or the cache's size becomes the limit",
             default=NO_LIMIT,
-            values=tuple(sorted({*powers(1, min(NO_LIMIT, _vllm._power_of_two(target.prompts))), NO_LIMIT})),
+            values=tuple(sorted({*powers(1, min(NO_LIMIT, power_of_two(target.prompts))), NO_LIMIT})),
             ordered=True,
         ),
         Choice(
@@ -381,7 +330,7 @@ def _gpu_parameters(build: _Build, model: Any, gpus: Sequence[Any]) -> list[Para
             values=(AUTO, 1, 16, 32, 64),
         ),
     ]
-    widths = tuple(n for n in _vllm._powers_of_two(1, len(gpus)) if model.heads % n == 0)
+    widths = tuple(n for n in powers_of_two(1, len(gpus)) if model.heads % n == 0)
     if len(widths) > 1:
         parameters.append(
             Choice(
@@ -470,7 +419,7 @@ def _constraints(names: set[str], target: Target, model: Any, gpus: Sequence[Any
             asked = config.get("mem_fraction_static", AUTO)
             share = MOST_SHARE if asked == AUTO else float(asked)
             alike = {**config, "tensor_parallel_size": config.get("tp_size", 1)}
-            return float(_vllm._needed_bytes(model, alike, context)) <= share * memory
+            return float(hugging_face.needed_bytes(model, alike, context)) <= share * memory
 
         rules.append(
             Constraint(
@@ -488,26 +437,19 @@ MOST_SHARE = 0.95
 
 def identity(target: Target) -> dict[str, str]:
     """Engine, version, model and device: what must agree before results may meet."""
-    build, model = _build(), _vllm._model(target)
+    build, model = _build(), hugging_face.read(target)
     return {
         "engine": "SGLang",
         "engine_version": build.version,
         "model": model.name,
-        "model_sha256": _vllm._fingerprint(model),
-        "weights": "drawn at random" if _vllm._is_dummy(target) else "the model's own",
+        "model_sha256": hugging_face.fingerprint(model),
+        "weights": "drawn at random" if hugging_face.is_dummy(target) else "the model's own",
         "device": ", ".join(gpu.name for gpu in _gpus(target)) or "cpu",
         **({"engine_args": shlex.join(target.engine_args)} if target.engine_args else {}),
     }
 
 
 # --- running it ------------------------------------------------------------------------------
-
-ENVIRONMENT: Mapping[str, str] = {
-    # A trial downloads nothing and reports to nobody.
-    "HF_HUB_OFFLINE": "1",
-    "DO_NOT_TRACK": "1",
-    "PYTHONUNBUFFERED": "1",
-}
 
 SYMPTOMS = Symptoms(
     out_of_memory=(
@@ -547,7 +489,7 @@ def _words(config: Mapping[str, Value], build: _Build) -> list[str]:
 def _fixed_words(target: Target, build: _Build, model: Any) -> list[str]:
     """Flags that every trial of a target shares."""
     words = ["--context-length", str(_context(target, model)), "--random-seed", str(target.seed % 2**31)]
-    if _vllm._is_dummy(target):
+    if hugging_face.is_dummy(target):
         words += ["--load-format", "dummy"]
     # A model's own generation settings may reshape its output.
     if "--sampling-defaults" in build.flags:
@@ -564,7 +506,7 @@ def launch(config: Config, target: Target) -> Iterator[ServedEngine]:
         RuntimeError: the engine cannot run this configuration, or the warm-up failed; the message holds the line of
             its log that says why.
     """
-    build, model = _build(), _vllm._model(target)
+    build, model = _build(), hugging_face.read(target)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     argv = [
@@ -580,7 +522,7 @@ def launch(config: Config, target: Target) -> Iterator[ServedEngine]:
             target,
             models(endpoint)[0],
             concurrency=int(config.get("concurrency", target.prompts)),
-            token_ids=_vllm._ordinary(model),
+            token_ids=hugging_face.ordinary(model),
         )
         engine = ServedEngine(Client(endpoint, load, server), read_back(_server_info(endpoint), config))
         engine.run_pass()
@@ -631,15 +573,15 @@ PORT = 30000
 
 def command(config: Config, target: Target) -> str:
     """The command that runs `config`, naming what differs from the engine's defaults."""
-    model = _vllm._model(target)
+    model = hugging_face.read(target)
     return shlex.join([*_command(config, target), "--context-length", str(_context(target, model))])
 
 
 def _command(config: Config, target: Target) -> list[str]:
-    build, model, default = _build(), _vllm._model(target), space(target).default()
+    build, model, default = _build(), hugging_face.read(target), space(target).default()
     changed = {name: value for name, value in config.items() if value != default.get(name)}
     shown = str(model.folder) if model.generated or Path(model.name).expanduser().is_dir() else model.name
-    dummy = ["--load-format", "dummy"] if _vllm._is_dummy(target) else []
+    dummy = ["--load-format", "dummy"] if hugging_face.is_dummy(target) else []
     start = ["python3", *MODULE, "--model-path", shown]
     return [*start, *dummy, *_words(changed, build), *target.engine_args]
 

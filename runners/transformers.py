@@ -43,13 +43,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tuner.installed import library, memory_bytes
 from tuner.quality import TEXT, TOKENS, Passage, drawn, judge, of_text
 from tuner.space import Choice, Config, Constraint, Effect, Int, Parameter, Refused, SearchSpace, Value, excerpt
-from tuner.trial import Service, Target, Work, refuse_empty_load
+from tuner.trial import Service, Target, Work, refuse_empty_load, refuse_long_load
 
 # --- the model -------------------------------------------------------------------------------
 
 INSTALL = "pip install 'transformers>=5' 'torch>=2.5'"
+
+_library = functools.partial(library, workload="transformers", install=INSTALL)
+"""By name: this file is called like one of them."""
 
 
 @dataclass(frozen=True)
@@ -301,16 +305,6 @@ def describe(target: Target) -> str:
 # --- the machine and the libraries, asked from outside ---------------------------------------
 
 
-def _library(name: str) -> Any:
-    """A package, imported now; `Refused` says how to install it. By name: this file is called like one of them."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise Refused(
-            f"the transformers workload cannot import {name} ({error}); install it with: {INSTALL}"
-        ) from error
-
-
 def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
@@ -377,16 +371,7 @@ def _machine() -> _Machine:
         ) from error
     if cuda:
         return _Machine("cuda", said["name"], said["memory_bytes"], threads, said["bfloat16"])
-    return _Machine("cpu", "the CPU", _host_memory_bytes(), threads, bfloat16=True)
-
-
-def _host_memory_bytes() -> int:
-    """The machine's memory, or what its control group (cgroup v2) allows where that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no such file, or `max`
-        return total
+    return _Machine("cpu", "the CPU", memory_bytes(), threads, bfloat16=True)
 
 
 def _compiler() -> str | None:
@@ -568,11 +553,7 @@ def _cache_effect(caches: Sequence[str]) -> Effect:
 
 def _check_load(target: Target, model: Model) -> None:
     refuse_empty_load(target)
-    if 0 < model.context < target.prompt_tokens + target.output_tokens:
-        raise Refused(
-            f"--prompt-tokens {target.prompt_tokens} and --output-tokens {target.output_tokens}: expected at most "
-            f"{model.context} tokens together, the context of {model.name}"
-        )
+    refuse_long_load(target, model.context, f"of {model.name}")
     unused = {
         "a URL": target.url,
         "a workload file": target.spec,

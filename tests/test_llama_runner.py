@@ -21,6 +21,7 @@ from contracts.runner_contract import RunnerContract
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tuner.models import gguf as gguf_file
 from tuner.space import Int, Refused
 from tuner.trial import Target
 
@@ -61,7 +62,7 @@ def in_a_process(code, **environment):
     opening = (
         "import sys\n"
         f"sys.path[:0] = {[str(Path(__file__).parent), str(RUNNER.parents[1])]!r}\n"
-        "from test_llama_runner import LOSSY, TINY, load_runner\n"
+        "from test_llama_runner import LOSSY, TINY, gguf_file, load_runner\n"
         "llama = load_runner()\n"
     )
     return subprocess.Popen(
@@ -91,7 +92,7 @@ class TestLlama(RunnerContract):
 
 def test_the_same_seed_gives_the_same_bytes_whatever_numpy_or_gguf_is_installed(llama):
     # Written with numpy 2.4.6 and gguf 0.19.0. A new digest means new bytes: raise RECIPE with it.
-    digests = {w: llama._sha256(llama._generated(LOSSY, w)) for w in llama.BYTES_PER_WEIGHT}
+    digests = {w: gguf_file.sha256(gguf_file.generated(LOSSY, w)) for w in gguf_file.BYTES_PER_WEIGHT}
     assert digests == {
         "F16": "f3e1c92898f7dff95510175b717d2c657c23e87d2c3b100a5be5fcdbc7f3966e",
         "Q8_0": "9bed777c025af4aaf836bac0afe1a9092f57fcd50993fa8038c568b8d7195e13",
@@ -106,7 +107,7 @@ def test_another_seed_gives_another_model(llama):
 
 def test_the_weights_have_the_spread_of_a_fresh_llama(llama):
     gguf = pytest.importorskip("gguf")
-    tensors = {t.name: t for t in gguf.GGUFReader(llama._generated(LOSSY, "F16")).tensors}
+    tensors = {t.name: t for t in gguf.GGUFReader(gguf_file.generated(LOSSY, "F16")).tensors}
     assert float(tensors["token_embd.weight"].data.std()) == pytest.approx(0.02, rel=0.02)
     assert float(tensors["blk.0.ffn_up.weight"].data.std()) == pytest.approx(64**-0.5, rel=0.02)
     assert float(tensors["blk.1.ffn_down.weight"].data.std()) == pytest.approx(192**-0.5, rel=0.02)
@@ -115,31 +116,31 @@ def test_the_weights_have_the_spread_of_a_fresh_llama(llama):
 
 
 def test_the_default_model_has_160_million_parameters_in_four_bits(llama):
-    shape = llama.SIZES["160m"]
+    shape = gguf_file.SIZES["160m"]
     assert shape.parameters == pytest.approx(160e6, rel=0.02)
-    model = llama._model(Target())
+    model = gguf_file.read(Target())
     assert model.bytes == pytest.approx(shape.parameters * 4.5 / 8, rel=0.02)
     assert (model.architecture, model.layers, model.head_width) == ("llama", 12, 64)
 
 
 @pytest.mark.parametrize("damage", [b"", b"GGUF and then nothing", None])
 def test_a_damaged_generated_model_is_made_again(llama, damage):
-    path = llama._generated(TINY, "Q4_0")
+    path = gguf_file.generated(TINY, "Q4_0")
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[-5] ^= 1
     path.write_bytes(flipped if damage is None else damage)
-    assert llama._generated(TINY, "Q4_0").read_bytes() == whole
+    assert gguf_file.generated(TINY, "Q4_0").read_bytes() == whole
 
 
 def test_a_whole_generated_model_is_not_written_again(llama):
-    before = llama._generated(TINY, "Q4_0").stat()
-    after = llama._generated(TINY, "Q4_0").stat()
+    before = gguf_file.generated(TINY, "Q4_0").stat()
+    after = gguf_file.generated(TINY, "Q4_0").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_the_digest_beside_the_model_is_one_that_sha256sum_reads(llama):
-    path = llama._generated(TINY, "Q4_0")
+    path = gguf_file.generated(TINY, "Q4_0")
     line = path.with_name(f"{path.name}.sha256").read_text()
     assert line == f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
 
@@ -147,11 +148,11 @@ def test_the_digest_beside_the_model_is_one_that_sha256sum_reads(llama):
 def test_only_the_weights_that_are_asked_for_are_written(llama, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     llama.space(LOSSY)
-    assert [p.name for p in tmp_path.rglob("*.gguf")] == [llama._generated(LOSSY, "Q4_0").name]
+    assert [p.name for p in tmp_path.rglob("*.gguf")] == [gguf_file.generated(LOSSY, "Q4_0").name]
 
 
 def test_processes_that_generate_at_once_all_get_a_whole_model(llama, tmp_path):
-    code = "print(llama._sha256(llama._generated(TINY, 'Q4_0')))"
+    code = "print(gguf_file.sha256(gguf_file.generated(TINY, 'Q4_0')))"
     processes = [in_a_process(code, XDG_CACHE_HOME=str(tmp_path)) for _ in range(3)]
     digests = {process.communicate(timeout=60)[0].strip() for process in processes}
     assert digests == {llama.identity(TINY)["model_sha256"]}
@@ -183,7 +184,7 @@ def test_a_cache_folder_that_cannot_be_made_is_one_sentence(llama, monkeypatch, 
 def test_a_relative_cache_home_is_ignored(llama, monkeypatch, tmp_path, value):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", value)
-    assert llama._cache_folder() == tmp_path / ".cache" / "tune" / "models"
+    assert gguf_file.cache_folder() / "models" == tmp_path / ".cache" / "tune" / "models"
 
 
 # --- a model that somebody brings
@@ -236,13 +237,13 @@ def test_what_is_no_language_model_is_refused_with_a_way_on(llama, tmp_path, con
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.integers(0, 4000), value=st.integers(0, 255), end=st.integers(0, 5000))
 def test_no_damage_to_a_header_crashes_its_reader(llama, tmp_path, position, value, end):
-    content = bytearray(llama._generated(TINY, "Q4_0").read_bytes()[: max(end, position + 1)])
+    content = bytearray(gguf_file.generated(TINY, "Q4_0").read_bytes()[: max(end, position + 1)])
     content[position] = value
     path = tmp_path / "damaged.gguf"
     path.write_bytes(content)
-    llama._header_of.cache_clear()
+    gguf_file._header_of.cache_clear()
     with contextlib.suppress(Refused):
-        assert llama._header(path).path == path
+        assert gguf_file._header(path).path == path
 
 
 def test_a_missing_model_is_refused_with_a_way_on(llama):
@@ -277,7 +278,7 @@ def test_a_model_that_cannot_be_read_is_refused_with_the_reason(llama, tmp_path,
 @pytest.fixture
 def own_model(llama, tmp_path):
     path = tmp_path / "my model.gguf"
-    path.write_bytes(llama._generated(TINY, "Q4_0").read_bytes())
+    path.write_bytes(gguf_file.generated(TINY, "Q4_0").read_bytes())
     return Target(model=str(path), prompts=2, prompt_tokens=8, output_tokens=2, allow_lossy=True)
 
 
@@ -302,12 +303,12 @@ def test_a_generated_model_is_described_as_meaningless(llama):
 
 
 def test_a_large_model_is_known_by_its_size_and_ends(llama, own_model, monkeypatch, tmp_path):
-    monkeypatch.setattr(llama, "WHOLE_HASH_BYTES", 0)
+    monkeypatch.setattr(gguf_file, "WHOLE_HASH_BYTES", 0)
     large = tmp_path / "large.gguf"
     seen = set()
     for middle, last in ((b"a", b"a"), (b"b", b"a"), (b"b", b"b")):
         large.write_bytes(Path(own_model.model).read_bytes() + b"\0" * 2**20 + middle + b"\0" * 2**20 + last)
-        llama._header_of.cache_clear()
+        gguf_file._header_of.cache_clear()
         seen.add(llama.identity(Target(model=str(large)))["model_sha256"])
     assert len(seen) == 2
     assert all(fingerprint.startswith("ends:") for fingerprint in seen)
@@ -382,7 +383,7 @@ def test_lossy_parameters_appear_when_they_are_allowed(llama):
 
 
 def test_a_head_that_quantised_caches_cannot_hold_gets_no_cache_types(llama, monkeypatch):
-    monkeypatch.setitem(llama.SIZES, "odd", llama.Shape("odd", 96, 1, 2, 96, 512, 1024))
+    monkeypatch.setitem(gguf_file.SIZES, "odd", gguf_file.Shape("odd", 96, 1, 2, 96, 512, 1024))
     assert "cache_type_v" not in llama.space(Target(size="odd", allow_lossy=True)).names
 
 
@@ -472,7 +473,7 @@ def test_the_defaults_are_the_engines_own(llama, log):
     assert own.cache_type_v.name == f"GGML_TYPE_{default['cache_type_v'].upper()}"
 
     # What the server decides by itself: -np -1, -t -1.
-    own.model.path = str(llama._generated(TINY, "Q4_0"))
+    own.model.path = str(gguf_file.generated(TINY, "Q4_0"))
     own.n_parallel = -1
     own.n_ctx = 1024
     own.verbosity = 4
@@ -560,13 +561,13 @@ def test_the_output_keeps_its_length_where_the_model_would_have_ended(llama, log
 
 def test_the_engine_may_adjust_nothing_and_serves_no_pages(llama):
     xllamacpp = pytest.importorskip("xllamacpp")
-    params = llama._parameters(xllamacpp, llama.space(TINY).default(), TINY, llama._model(TINY))
+    params = llama._parameters(xllamacpp, llama.space(TINY).default(), TINY, gguf_file.read(TINY))
     assert (params.fit_params, params.ui, params.cache_ram_mib) == (False, False, 0)
     assert len(params.api_keys) == 1
 
 
 def test_prompts_are_fixed_by_the_seed_and_hold_ordinary_tokens_only(llama):
-    tokens = llama._model(TINY).tokens
+    tokens = gguf_file.read(TINY).tokens
     assert min(tokens) == 259  # after <unk>, <s>, </s> and 256 bytes
     first = llama._requests(TINY, tokens)
     assert first == llama._requests(TINY, tokens)
@@ -588,7 +589,7 @@ def test_the_context_always_holds_every_slots_request(llama, log):
 def test_a_refused_request_is_an_error_with_the_engines_words(llama, log, monkeypatch):
     target = Target(size="tiny", prompts=2, prompt_tokens=300, output_tokens=2)
     config = llama.space(target).default()
-    monkeypatch.setattr(llama, "_context", lambda *_: 1024)
+    monkeypatch.setattr(llama, "context", lambda *_: 1024)
     with (
         pytest.raises(RuntimeError, match=r"refused a request: request \(300 tokens\) exceeds the available context"),
         llama.launch({**config, "kv_unified": False}, target),
@@ -654,7 +655,9 @@ def test_the_likelihood_of_a_token_that_was_forced_is_the_one_it_has_when_nothin
 
 
 def test_a_model_file_is_judged_by_a_fixed_text(llama, log, tmp_path):
-    target = Target(model=str(llama._generated(TINY, "F16")), prompts=2, prompt_tokens=8, output_tokens=2, quality=True)
+    target = Target(
+        model=str(gguf_file.generated(TINY, "F16")), prompts=2, prompt_tokens=8, output_tokens=2, quality=True
+    )
     assert judged(llama, target, tmp_path / "reference")["quality_loss"] == 0
     kept = json.loads((tmp_path / "reference").read_text())
     assert kept["source"] == "a fixed text"
@@ -683,7 +686,7 @@ def test_output_that_cannot_be_judged_is_one_sentence(llama, tmp_path, content, 
     (tmp_path / "reference").write_text(
         json.dumps({"rows": [list(range(300, 396))], "context": 24, "nll_nats_per_token": 1.0})
     )
-    engine = llama.LlamaServer(OtherTokens(content), JUDGED, [], llama._model(TINY), "")
+    engine = llama.LlamaServer(OtherTokens(content), JUDGED, [], gguf_file.read(TINY), "")
     with pytest.raises(RuntimeError, match=sentence):
         engine.quality(tmp_path / "reference")
 
@@ -716,14 +719,14 @@ class MiscountingServer:
 )
 def test_other_work_than_was_asked_for_is_an_error(llama, changes, sentence):
     engine = llama.LlamaServer(
-        MiscountingServer(**changes), TINY, llama._requests(TINY, (300,)), llama._model(TINY), ""
+        MiscountingServer(**changes), TINY, llama._requests(TINY, (300,)), gguf_file.read(TINY), ""
     )
     with pytest.raises(RuntimeError, match=sentence):
         engine.run_pass()
 
 
 def test_the_right_work_is_no_error(llama):
-    engine = llama.LlamaServer(MiscountingServer(), TINY, llama._requests(TINY, (300,)), llama._model(TINY), "")
+    engine = llama.LlamaServer(MiscountingServer(), TINY, llama._requests(TINY, (300,)), gguf_file.read(TINY), "")
     assert engine.run_pass().units == 16
 
 
@@ -757,7 +760,7 @@ def test_the_command_names_what_differs_from_the_default(llama, monkeypatch, cha
     monkeypatch.setattr(llama, "_build", lambda: llama._Build(threads=2, offload_devices=("CUDA0",)))
     config = llama.space(target).complete(changes)
     slots = config["parallel"]
-    model = str(llama._generated(target, "Q4_0"))
+    model = str(gguf_file.generated(target, "Q4_0"))
     expected = ["llama-server", "-m", model, "-c", str(max(256 * slots, config["n_batch"])), "--fit", "off", *words]
     assert shlex.split(llama.command(config, target)) == expected
 

@@ -14,6 +14,7 @@ import pytest
 from contracts.runner_contract import RunnerContract
 
 from tuner.files import find, names
+from tuner.models import gguf
 from tuner.space import Refused
 from tuner.trial import Target
 
@@ -202,15 +203,15 @@ def test_what_does_not_fit_a_gpu_is_answered_without_a_launch(own, llama_server,
 
 
 def test_what_does_not_fit_main_memory_is_answered_without_a_launch(llama_server, monkeypatch):
-    monkeypatch.setattr(llama_server, "_memory_bytes", lambda: 10**6)
+    monkeypatch.setattr(llama_server, "memory_bytes", lambda: 10**6)
     space = llama_server.space(LOAD)
     assert "fit into the 0 GiB of main memory" in space.broken(space.default())[0]
 
 
 def test_the_cache_is_counted_from_the_files_header(llama_server):
-    model = llama_server._llama._model(LOAD)
+    model = gguf.read(LOAD)
     # 2 layers, 64 wide: keys and values.
-    assert llama_server._cache_values_per_token(model.path, 0) == 2 * 2 * 64
+    assert model.cache_values_per_token == 2 * 2 * 64
     default = llama_server.space(LOAD).default()
     assert llama_server._needed_bytes(model, default, LOAD) == model.bytes + 2048 * 256 * 2
     quantised = {**default, "cache_type_k": "q8_0", "cache_type_v": "q8_0"}
@@ -407,7 +408,7 @@ def test_llama_cpps_own_server_answers_behind_the_stand_in(llama_server, monkeyp
 
 def test_the_command_names_only_what_differs_from_the_default(llama_server):
     default = llama_server.space(LOAD).default()
-    path = shlex.quote(str(llama_server._llama._model(LOAD).path))
+    path = shlex.quote(str(gguf.read(LOAD).path))
     assert llama_server.command(default, LOAD) == f"llama-server --model {path} --ctx-size 2048 --fit off"
     changed = {**default, "parallel": 2, "threads": 1, "mmap": False, "repack": False}
     assert llama_server.command(changed, LOAD) == (
@@ -418,7 +419,7 @@ def test_the_command_names_only_what_differs_from_the_default(llama_server):
 
 def test_the_service_listens_to_this_machine_alone_and_in_a_container_to_its_network(llama_server):
     service = llama_server.service(llama_server.space(LOAD).default(), LOAD)
-    path = str(llama_server._llama._model(LOAD).path)
+    path = str(gguf.read(LOAD).path)
     assert service.argv[0] == "llama-server"
     assert service.argv[-4:] == ("--port", "8080", "--host", "127.0.0.1")
     assert service.image_argv[:2] == ("--model", path)

@@ -15,6 +15,7 @@ import pytest
 from contracts.runner_contract import RunnerContract
 
 from tuner.apply import Launch, render
+from tuner.models import gguf
 from tuner.space import Refused
 from tuner.trial import Target
 
@@ -53,7 +54,7 @@ def stand_in(executable, ollama, monkeypatch):
     for name in [name for name in os.environ if name.startswith("OLLAMA_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("TUNE_OLLAMA", str(executable))
-    monkeypatch.setattr(ollama._vllm, "_gpus", tuple)
+    monkeypatch.setattr(ollama, "gpus_here", tuple)
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def written():
 @pytest.fixture
 def gpu(ollama, monkeypatch):
     def put(mib):
-        monkeypatch.setattr(ollama._vllm, "_gpus", lambda: (SimpleNamespace(name="NVIDIA L4", bytes=mib * 2**20),))
+        monkeypatch.setattr(ollama, "gpus_here", lambda: (SimpleNamespace(name="NVIDIA L4", bytes=mib * 2**20),))
 
     return put
 
@@ -109,7 +110,7 @@ def test_a_wrong_tune_ollama_is_named(ollama, monkeypatch):
 def test_an_ollama_on_the_path_is_taken(own, ollama, monkeypatch):
     monkeypatch.delenv("TUNE_OLLAMA")
     monkeypatch.setenv("PATH", f"{own.parent}:{os.environ['PATH']}")
-    assert ollama._program() == str(own)
+    assert ollama.PROGRAM.path() == str(own)
 
 
 @pytest.mark.parametrize("mode", ["never-runs", None])
@@ -197,7 +198,7 @@ def test_what_does_not_fit_is_answered_without_a_launch(ollama, gpu, monkeypatch
     space = ollama.space(LOAD)
     assert not space.broken(space.default())
     assert "lower num_gpu or num_parallel" in space.broken({**space.default(), "num_gpu": 3})[0]
-    monkeypatch.setattr(ollama, "_memory_bytes", lambda: 10**6)
+    monkeypatch.setattr(ollama, "memory_bytes", lambda: 10**6)
     assert "fit into the 0 GiB of main memory" in ollama.space(LOAD).broken({**space.default(), "num_gpu": 0})[0]
 
 
@@ -205,7 +206,7 @@ def test_each_slot_takes_a_context_of_its_own(ollama):
     model = ollama._model(LOAD)
     # 2 layers, 64 wide: keys and values of 16 bits, 256 tokens a slot.
     assert ollama._needed_bytes(model, {"num_parallel": 3}, LOAD) == 2_000_000 + 3 * 256 * 2 * 2 * 64 * 2
-    assert ollama._cache_values({"block_count": 2, "attention.head_count_kv": [1, 2]}) == 0
+    assert gguf.cache_values_per_token({"block_count": 2, "attention.head_count_kv": [1, 2]}) == 0
 
 
 @pytest.mark.parametrize("flash", ["auto", "off"])
@@ -283,7 +284,7 @@ FAILURES = {
     "crash-loading": r"^Ollama ended while loading \(SIGSEGV\): ",
     "no-memory": r"^out of memory: model requires more system memory \(2.7 GiB\) than is available \(2.3 GiB\)$",
     "gpu-memory": r"^out of memory: cudaMalloc failed: out of memory$",
-    "bad-model": r"^Ollama cannot load tiny:latest: llama-server process has terminated: exit status 1: error loading",
+    "bad-model": r"^Ollama cannot load tiny:latest: POST /api/generate brought HTTP 500: llama-server process has",
     "dies-loading": r"^Ollama ended while loading the model \(exit status 2\): out of memory: fatal error: runtime",
     "500": r"^Ollama answered HTTP 500: ",
     "out-of-memory:5": r"^Ollama ended in the middle of a pass \(exit status 1\): out of memory: cudaMalloc failed",

@@ -14,6 +14,8 @@ import psutil
 import pytest
 from contracts.runner_contract import RunnerContract
 
+from tuner.installed import Program
+from tuner.models import hugging_face
 from tuner.space import Refused
 from tuner.trial import Target
 
@@ -120,7 +122,7 @@ class TestSglang(RunnerContract):
 def test_without_sglang_it_is_said_how_to_install_it(sglang, monkeypatch):
     monkeypatch.delenv("TUNE_SGLANG")
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(Refused, match=r"there is no sglang on the PATH; install it .*set TUNE_SGLANG="):
+    with pytest.raises(Refused, match=r"finds no sglang on the PATH; install it .*set TUNE_SGLANG="):
         sglang.space(LOAD)
 
 
@@ -152,14 +154,14 @@ def test_one_that_does_not_run_is_refused_with_its_last_line(own, sglang, monkey
 
 def test_another_program_is_refused(sglang, monkeypatch):
     monkeypatch.setenv("TUNE_SGLANG", shutil.which("true"))
-    with pytest.raises(Refused, match="expected SGLang, but --help lists no --max-running-requests"):
+    with pytest.raises(Refused, match="expected SGLang, but its help lists no --max-running-requests"):
         sglang.space(LOAD)
 
 
 def test_the_help_is_asked_for_once_and_kept(own, sglang, monkeypatch):
     first = sglang.space(LOAD).record()
     sglang._asked.cache_clear()
-    monkeypatch.setattr(sglang, "_run", lambda _: pytest.fail("asked again"))
+    monkeypatch.setattr(Program, "run", lambda *_: pytest.fail("asked again"))
     assert sglang.space(LOAD).record() == first
 
 
@@ -167,7 +169,7 @@ def test_the_help_is_asked_for_once_and_kept(own, sglang, monkeypatch):
 
 
 def test_a_cpu_has_to_be_asked_for(sglang, monkeypatch):
-    monkeypatch.setattr(sglang._vllm, "_gpus", tuple)
+    monkeypatch.setattr(sglang, "gpus_here", tuple)
     with pytest.raises(Refused, match=r"nvidia-smi shows none here; .*--engine-arg --device=cpu"):
         sglang.space(ON_GPU)
     assert sglang.identity(LOAD)["device"] == "cpu"
@@ -395,7 +397,7 @@ def test_one_that_ignores_sigterm_and_its_children_are_killed(sglang, monkeypatc
 
 def test_the_command_names_only_what_differs_from_the_default(sglang):
     default = sglang.space(LOAD).default()
-    folder = shlex.quote(str(sglang._vllm._model(LOAD).folder))
+    folder = shlex.quote(str(hugging_face.read(LOAD).folder))
     start = f"python3 -m sglang.launch_server --model-path {folder} --load-format dummy"
     assert sglang.command(default, LOAD) == f"{start} --device cpu --context-length 32"
     changed = {**default, "max_running_requests": 4, "radix_cache": False}

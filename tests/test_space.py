@@ -6,7 +6,20 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tuner.space import Choice, Constraint, Float, Int, Parameter, Refused, SearchSpace, closest, excerpt, show
+from tuner.space import (
+    Choice,
+    Constraint,
+    Float,
+    Int,
+    Parameter,
+    Refused,
+    SearchSpace,
+    closest,
+    excerpt,
+    power_of_two,
+    powers_of_two,
+    show,
+)
 
 # --- strategies ------------------------------------------------------------------------------
 
@@ -445,3 +458,14 @@ def test_an_excerpt_is_quoted_and_short():
 def test_only_a_similar_name_is_suggested():
     assert closest("thread", ["threads", "parallel"]) == "; did you mean threads?"
     assert closest("zebra", ["threads", "parallel"]) == ""
+
+
+@given(low=st.integers(1, 5000), high=st.integers(1, 5000))
+def test_powers_of_two_are_all_those_between_two_numbers(low, high):
+    assert powers_of_two(low, high) == tuple(2**n for n in range(20) if low <= 2**n <= high)
+
+
+@given(st.integers(1, 10**6))
+def test_a_power_of_two_is_the_smallest_that_is_enough(least):
+    found = power_of_two(least)
+    assert found >= least > found // 2

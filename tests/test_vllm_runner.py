@@ -18,6 +18,8 @@ import psutil
 import pytest
 from contracts.runner_contract import RunnerContract
 
+from tuner.installed import Program
+from tuner.models import hugging_face
 from tuner.quality import TEXT
 from tuner.space import Refused
 from tuner.trial import Judged, Target
@@ -131,7 +133,7 @@ class TestVllm(RunnerContract):
 def test_without_vllm_it_is_said_how_to_install_it(vllm, monkeypatch):
     monkeypatch.delenv("TUNE_VLLM")
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(Refused, match=r"there is no vllm on the PATH; install it .*set TUNE_VLLM="):
+    with pytest.raises(Refused, match=r"finds no vllm on the PATH; install it .*set TUNE_VLLM="):
         vllm.space(LOAD)
 
 
@@ -162,7 +164,10 @@ def test_a_program_that_is_no_vllm_is_refused(vllm, monkeypatch):
 def test_the_help_is_asked_for_once_and_kept(own, vllm, monkeypatch, tmp_path):
     first = vllm.space(LOAD).record()
     vllm._asked.cache_clear()
-    monkeypatch.setattr(vllm, "_help", lambda _: pytest.fail("asked again"))
+    version = Program.run
+    monkeypatch.setattr(
+        Program, "run", lambda self, words: pytest.fail("asked again") if "serve" in words else version(self, words)
+    )
     assert vllm.space(LOAD).record() == first
     assert [p.name.startswith("vllm-0.32.0+cpu-") for p in (tmp_path / "cache" / "tune" / "engines").iterdir()] == [
         True
@@ -237,7 +242,7 @@ def test_tensor_parallel_sizes_divide_the_heads_and_do_not_exceed_the_gpus(vllm,
 
 def test_a_gpu_build_without_a_gpu_is_refused(own, vllm, monkeypatch):
     monkeypatch.setenv("FAKE_VLLM_VERSION", "0.32.0")
-    monkeypatch.setattr(vllm, "_gpus", tuple)
+    monkeypatch.setattr(vllm, "gpus_here", tuple)
     with pytest.raises(Refused, match=r"vLLM 0\.32\.0 runs on GPUs, and nvidia-smi shows none here"):
         vllm.space(LOAD)
 
@@ -358,11 +363,11 @@ def test_a_configuration_of_something_else_is_refused(vllm, tmp_path, content):
 
 
 def test_the_generated_model_has_15_million_parameters_and_is_written_once(vllm):
-    model = vllm._model(LOAD)
+    model = hugging_face.read(LOAD)
     assert model.weights == pytest.approx(15e6, rel=0.03)
-    assert vllm._model(replace(LOAD, size="160m")).weights == pytest.approx(160e6, rel=0.03)
+    assert hugging_face.read(replace(LOAD, size="160m")).weights == pytest.approx(160e6, rel=0.03)
     before = (model.folder / "tokenizer.json").stat().st_ino
-    assert vllm._model(LOAD).folder == model.folder
+    assert hugging_face.read(LOAD).folder == model.folder
     assert (model.folder / "tokenizer.json").stat().st_ino == before
     assert len(json.loads((model.folder / "tokenizer.json").read_text())["model"]["vocab"]) == model.vocabulary
 
@@ -371,7 +376,7 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(vllm, tmp_path, monkeypa
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(Refused, match=r"cannot be written .*XDG_CACHE_HOME"):
-        vllm._model(LOAD)
+        hugging_face.read(LOAD)
 
 
 def test_a_model_in_hugging_faces_cache_is_found_by_its_id(vllm, tmp_path, monkeypatch):
@@ -395,13 +400,13 @@ def test_another_configuration_or_other_weights_are_another_model(vllm, tmp_path
 
 def test_the_cache_of_latent_attention_is_one_vector_a_layer(vllm, tmp_path):
     folder = model_folder(tmp_path / "m", kv_lora_rank=512, qk_rope_head_dim=64)
-    assert vllm._model(replace(LOAD, model=str(folder))).cache_values_per_token == 32 * 576
+    assert hugging_face.read(replace(LOAD, model=str(folder))).cache_values_per_token == 32 * 576
 
 
 def test_a_model_that_sees_keeps_its_shape_one_level_down(vllm, tmp_path):
     inner = {"num_hidden_layers": 4, "num_attention_heads": 2, "hidden_size": 64, "vocab_size": 1000}
     folder = model_folder(tmp_path / "m", text_config=inner, num_hidden_layers=None)
-    assert vllm._model(replace(LOAD, model=str(folder))).layers == 4
+    assert hugging_face.read(replace(LOAD, model=str(folder))).layers == 4
 
 
 # --- running it
@@ -636,7 +641,7 @@ def test_weights_that_the_engine_draws_are_not_judged_and_the_line_on_the_model_
 
 def test_the_command_names_only_what_differs_from_the_default(vllm):
     default = vllm.space(LOAD).default()
-    folder = shlex.quote(str(vllm._model(LOAD).folder))
+    folder = shlex.quote(str(hugging_face.read(LOAD).folder))
     plain = vllm.command(default, LOAD)
     assert plain.endswith(f"vllm serve {folder} --load-format dummy --max-model-len 32")
     assert vllm.command({**default, "max_num_seqs": 8, "enable_prefix_caching": False}, LOAD).endswith(
@@ -695,7 +700,7 @@ def trained_folder(vllm, folder):
     """A small Llama with weights of its own, as a trained one has them, and a tokenizer that knows the fixed text."""
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 1000}
-    shutil.copytree(vllm._generated(vllm.SIZES["15m"]), folder)
+    shutil.copytree(hugging_face._generated(hugging_face.SIZES["15m"]), folder)
     config = json.loads((folder / "config.json").read_text()) | shape
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer = json.loads((folder / "tokenizer.json").read_text())

@@ -47,7 +47,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tuner.space import Config, Refused, Value
+from tuner.space import Config, Int, Parameter, Refused, Value
 from tuner.supervise import TIDY_SECONDS, alive
 from tuner.trial import Target, Work
 
@@ -403,36 +403,62 @@ class Endpoint:
         finally:
             connection.close()
 
-    def ask(self, path: str, body: Mapping[str, object], *, timeout_seconds: float = 300.0) -> dict[str, Any]:
+    def ask(
+        self, path: str, body: Mapping[str, object] | None = None, *, timeout_seconds: float = 300.0
+    ) -> dict[str, Any]:
         """The answer to a request that is no part of the load, as a JSON object.
 
         Args:
             path: below the host, `/v1/completions` or `/tokenize`.
-            body: of the request.
+            body: of a POST; without one it is a GET.
             timeout_seconds: without a byte from the server.
 
         Raises:
             RuntimeError: nobody answers, the request is refused, or the answer is no JSON object.
         """
         connection = self.connect(timeout_seconds)
+        method, data = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
         headers = {"Content-Type": "application/json", **self.headers()}
         try:
-            connection.request("POST", path, json.dumps(body).encode(), headers)
+            connection.request(method, path, data, headers)
             with connection.getresponse() as response:
                 status, said = response.status, response.read()
         except (OSError, http.client.HTTPException) as error:
-            raise RuntimeError(f"POST {path} brought no answer: {_said(error)}") from error
+            raise RuntimeError(f"{method} {path} brought no answer: {_said(error)}") from error
         finally:
             connection.close()
         if status != http.HTTPStatus.OK:
-            raise RuntimeError(f"POST {path} brought HTTP {status}: {_message(said)}")
+            raise RuntimeError(f"{method} {path} brought HTTP {status}: {_message(said)}")
         try:
             answer = json.loads(said)
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise RuntimeError(f"POST {path} brought no JSON object: {cut(said.decode(errors='replace'), 80)}")
+            raise RuntimeError(f"{method} {path} brought no JSON object: {cut(said.decode(errors='replace'), 80)}")
         return answer
+
+
+def concurrency(target: Target, beyond: str, default: int | None = None) -> list[Parameter]:
+    """The client's own parameter; none where requests leave at a given rate.
+
+    Args:
+        target: the load.
+        beyond: what becomes of requests beyond the engine's own limit, as the end of a meaning.
+        default: how many are in flight where nothing else is said: all, if it is None.
+    """
+    if target.request_rate is not None:
+        return []
+    return [
+        Int(
+            name="concurrency",
+            meaning=f"requests that the client keeps in flight: {beyond}",
+            default=target.prompts if default is None else min(default, target.prompts),
+            low=1,
+            high=target.prompts,
+            log=True,
+            scope="request",
+        )
+    ]
 
 
 def models(endpoint: Endpoint) -> tuple[str, ...]:

@@ -64,6 +64,16 @@ def closest(name: str, choices: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def powers_of_two(low: float, high: float) -> tuple[int, ...]:
+    """Every power of two from `low` to `high`, both counted."""
+    return tuple(2**n for n in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1))
+
+
+def power_of_two(least: float) -> int:
+    """The smallest one that is `least` or more, and 1 at least."""
+    return 1 << max(0, math.ceil(math.log2(least)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parameter(ABC):
     """One thing that may be tuned. `meaning` is the sentence that prompts and tables show."""

