@@ -38,14 +38,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuner.quality import TEXT, Passage, drawn, judge, of_text
+from tuner.quality import Passage
 from tuner.serving import (
-    LATE_SECONDS,
     Client,
     Endpoint,
+    JudgedServer,
     Load,
     ServedEngine,
-    Server,
     Symptoms,
     cut,
     free_port,
@@ -976,7 +975,10 @@ def launch(config: Config, target: Target) -> Iterator[ServedEngine]:
         )
         client = Client(endpoint, load, server)
         said = read_back(server.log(), _metrics(endpoint), config)
-        engine = ServedEngine(client, said) if _is_dummy(target) else JudgedServer(client, said, server, target)
+        engine = ServedEngine(client, said)
+        if not _is_dummy(target):
+            # The engine counts one token to generate beside those of the prompt.
+            engine = JudgedVllm(client, said, server, target, _context(target) - 1)
         engine.run_pass()
         yield engine
     finally:
@@ -988,49 +990,16 @@ def _ordinary(model: _Model) -> range:
     return range(min(500, model.vocabulary // 2), max(model.vocabulary * 9 // 10, model.vocabulary // 2 + 1))
 
 
-class JudgedServer(ServedEngine):
+class JudgedVllm(JudgedServer):
     """One whose weights mean something.
 
     Those that the engine draws itself are within 0.001 of zero, the norms' too, so that every token is predicted
     alike whatever the precision: a loss of 0 would be no finding.
+
+    The likelihood is the engine's own for prompts. It computes them in as many steps as the configuration makes of one,
+    and attention reads keys and values back from the cache in its precision (not so in multi-head latent attention,
+    which reads those of the same step as they were computed).
     """
-
-    def __init__(self, client: Client, said: Mapping[str, Value], server: Server, target: Target) -> None:
-        super().__init__(client, said)
-        self._server, self._target = server, target
-
-    def quality(self, reference: Path) -> Mapping[str, float]:
-        """Mean negative log-likelihood of fixed tokens, which the engine gives for prompts.
-
-        They are computed as a prompt is, in as many steps as the configuration makes of one, and attention reads
-        keys and values back from the cache in its precision (not so in multi-head latent attention, which reads
-        those of the same step as they were computed).
-
-        Raises:
-            RuntimeError: the engine ended or refused, `reference` is damaged, or the likelihood is no number.
-        """
-        try:
-            return judge(reference, self._passage, self._nats)
-        except RuntimeError as error:
-            if (end := self._server.end(LATE_SECONDS)) is not None:
-                raise RuntimeError(f"vLLM ended while its output was judged ({end}): {self._server.cause()}") from error
-            raise
-
-    def _passage(self) -> Passage:
-        # The engine counts one token to generate beside those of the prompt.
-        most = _context(self._target) - 1
-        return of_text(self._text_ids(), most) or drawn(
-            self._client.load.token_ids or (), self._target.seed, self._go_on, most
-        )
-
-    def _text_ids(self) -> list[int]:
-        """The fixed text in the model's own tokens; empty where the engine was started without a tokenizer."""
-        body = {"model": self._client.load.model, "prompt": TEXT, "add_special_tokens": False}
-        with suppress(RuntimeError):
-            ids = self._client.endpoint.ask(f"{self._client.endpoint.root}/tokenize", body).get("tokens")
-            if isinstance(ids, list):
-                return [int(i) for i in ids]
-        return []
 
     def _go_on(self, openings: list[list[int]], count: int) -> list[list[int]]:
         # Whatever limits a distribution is off: the engine was started without the model's own generation settings.
