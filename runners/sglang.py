@@ -193,11 +193,11 @@ def describe(target: Target) -> str:
     said = f"{kind}{drawn if _vllm._is_dummy(target) else ''})"
     lacking = notes(target)
     if target.quality and _vllm._is_dummy(target):
-        lacking = [*lacking, NOT_JUDGED]
+        lacking = [*lacking, f"no quality_loss: {NOT_JUDGED}"]
     return f"{said}; {'; '.join(lacking)}" if lacking else said
 
 
-NOT_JUDGED = "no quality_loss: weights that SGLang draws predict every token alike, so judge with a trained --model"
+NOT_JUDGED = "weights that SGLang draws predict every token alike, so judge with a trained --model"
 
 
 # --- what may be tuned -----------------------------------------------------------------------
@@ -504,6 +504,11 @@ MOST_SHARE = 0.95
 def metrics(target: Target) -> tuple[str, ...]:
     """Figures of its own that limits may be set on."""
     return ("nll_nats_per_token",) if target.quality and not _vllm._is_dummy(target) else ()
+
+
+def lacks(target: Target) -> dict[str, str]:
+    """Figures that it never reports, and why."""
+    return {"quality_loss": f"{NOT_JUDGED} or leave the limit out"} if _vllm._is_dummy(target) else {}
 
 
 def identity(target: Target) -> dict[str, str]:
