@@ -1104,6 +1104,14 @@ def metrics(target: Target) -> tuple[str, ...]:
     return tuple(spec_of(target).metrics)
 
 
+def lacks(target: Target) -> dict[str, str]:
+    """Figures that it never reports, and why."""
+    return {
+        "quality_loss": "tune cannot judge what a command puts out; leave the limit out, or let the command print a "
+        "figure of its own, read it in [metrics] under another name, and limit that"
+    }
+
+
 def _values(spec: Spec, config: Mapping[str, Value], target: Target, port: int) -> dict[str, str]:
     """What each placeholder stands for."""
     load = {name: str(getattr(target, name)) for name in LOAD if getattr(target, name) is not None}

@@ -36,7 +36,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ from typing import Any
 from tuner.installed import library
 from tuner.models import gguf
 from tuner.quality import TEXT, TOKENS, Passage, drawn, judge, of_text
-from tuner.serving import Endpoint
+from tuner.serving import Endpoint, cut
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, powers_of_two
 from tuner.trial import Service, Target, Work, refuse_empty_load, refuse_long_load
 
@@ -415,6 +415,7 @@ class LlamaServer:
         self._requests = requests
         self._model = model
         self._key = key
+        self._forced = Forced(self._answer, "llama.cpp", model.tokens, target.seed)
         self.effective: Mapping[str, Value] = {}
 
     def run_pass(self) -> Work:
@@ -443,61 +444,16 @@ class LlamaServer:
     def quality(self, reference: Path) -> Mapping[str, float]:
         """Mean negative log-likelihood of fixed tokens, decoded along them through this cache and attention.
 
-        The server tells nothing of a prompt's likelihood (ggml-org/llama.cpp#15189), but of every token that it
-        generates, whatever rules it was chosen by: a softmax over all logits as the model gave them. So each row is
-        generated under a grammar that allows one token at a time, the wanted one.
-
         Raises:
             RuntimeError: the engine refused, `reference` is damaged, or the likelihood is no number.
         """
-        return judge(reference, self._passage, self._nats)
+        return judge(reference, self._passage, self._forced.nats)
 
     def _passage(self) -> Passage:
         most = self._model.context or TOKENS
-        text = None if self._target.model is None else of_text(self._text_ids(), most)
-        return text or drawn(self._model.tokens, self._target.seed, self._go_on, most)
-
-    def _text_ids(self) -> list[int]:
-        """The fixed text in the model's own tokens."""
         endpoint = Endpoint.parse(self._server.listening_address, self._key)
-        return [int(i) for i in endpoint.ask("/tokenize", {"content": TEXT, "add_special": False})["tokens"]]
-
-    def _go_on(self, openings: list[list[int]], count: int) -> list[list[int]]:
-        # A grammar cannot ask for tokens without a text, such as the byte 0: only ordinary ones are drawn.
-        ordinary = set(self._model.tokens)
-        never = [[i, False] for i in range(max(ordinary)) if i not in ordinary]
-        drawing = {"temperature": 1, "samplers": ["temperature"], "ignore_eos": True, "logit_bias": never}
-        return [[i for i, _ in row] for row in self._generated(openings, [drawing] * len(openings), count)]
-
-    def _nats(self, passage: Passage) -> list[float]:
-        wanted = passage.judged
-        forced = [{"grammar": f"root ::= {' '.join(f'<[{i}]>' for i in row)}"} for row in wanted]
-        found = self._generated(passage.openings, forced, len(wanted[0]))
-        if [[i for i, _ in row] for row in found] != wanted:
-            raise RuntimeError("llama.cpp did not follow the reference, so its output cannot be judged")
-        return [-logprob for row in found for _, logprob in row]
-
-    def _generated(
-        self, prompts: Sequence[Sequence[int]], fields: Sequence[Mapping[str, object]], count: int
-    ) -> list[list[tuple[int, float]]]:
-        """`count` tokens after each prompt, each with its log-probability before any rule of sampling."""
-        requests = [
-            {"prompt": prompt, "n_predict": count, "seed": self._target.seed, "cache_prompt": False, "logprobs": 1}
-            | {"temperature": 0, **own}
-            for prompt, own in zip(prompts, fields, strict=True)
-        ]
-        # One at a time: which of them share a step would be chance, and rounds differently each time.
-        answers = [self._answer(request) for request in requests]
-        try:
-            tokens = [
-                [(int(t["id"]), float(t["logprob"])) for t in answer["choices"][0]["logprobs"]["content"]]
-                for answer in answers
-            ]
-        except (LookupError, TypeError, ValueError) as error:
-            raise RuntimeError(f"llama.cpp gave log-probabilities that cannot be read ({error})") from error
-        if any(len(row) != count for row in tokens):
-            raise RuntimeError(f"llama.cpp generated {min(map(len, tokens))} tokens to be judged instead of {count}")
-        return tokens
+        text = None if self._target.model is None else of_text(text_ids(endpoint), most)
+        return text or drawn(self._model.tokens, self._target.seed, self._forced.go_on, most)
 
     def _answer(self, request: Mapping[str, object]) -> dict[str, Any]:
         answer: dict[str, Any] = self._server.handle_completions(request)
@@ -522,6 +478,75 @@ class LlamaServer:
         if wrong:
             raise RuntimeError(f"llama.cpp did other work than was asked for: {', '.join(wrong)}")
         return timings, seconds
+
+
+def text_ids(endpoint: Endpoint) -> list[int]:
+    """The fixed text in the tokens of the model that a llama.cpp server has loaded.
+
+    Raises:
+        RuntimeError: the server does not answer, or with something else.
+    """
+    ids = endpoint.ask(f"{endpoint.root}/tokenize", {"content": TEXT, "add_special": False}).get("tokens")
+    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+        raise RuntimeError(f"POST /tokenize brought no list of tokens: {cut(str(ids), 80)}")
+    return ids
+
+
+@dataclass(frozen=True)
+class Forced:
+    """The likelihood of given tokens, from a llama.cpp server, whichever way its completions are reached.
+
+    It tells nothing of a prompt's likelihood (ggml-org/llama.cpp#15189), but of every token that it generates, whatever
+    rules it was chosen by: a softmax over all logits as the model gave them. So each row is generated under a grammar
+    that allows one token at a time, the wanted one.
+    """
+
+    ask: Callable[[Mapping[str, object]], Mapping[str, Any]]
+    """The answer to the body of an OpenAI-compatible completion."""
+    name: str
+    """The engine's, for error messages."""
+    tokens: Sequence[int]
+    """Ordinary ones."""
+    seed: int
+
+    def go_on(self, openings: list[list[int]], count: int) -> list[list[int]]:
+        """What it says after each opening."""
+        # A grammar cannot ask for tokens without a text, such as the byte 0: only ordinary ones are drawn.
+        ordinary = set(self.tokens)
+        never = [[i, False] for i in range(max(ordinary)) if i not in ordinary]
+        drawing = {"temperature": 1, "samplers": ["temperature"], "ignore_eos": True, "logit_bias": never}
+        return [[i for i, _ in row] for row in self.generated(openings, [drawing] * len(openings), count)]
+
+    def nats(self, passage: Passage) -> list[float]:
+        """Of each judged token."""
+        wanted = passage.judged
+        forced = [{"grammar": f"root ::= {' '.join(f'<[{i}]>' for i in row)}"} for row in wanted]
+        found = self.generated(passage.openings, forced, len(wanted[0]))
+        if [[i for i, _ in row] for row in found] != wanted:
+            raise RuntimeError(f"{self.name} did not follow the reference, so its output cannot be judged")
+        return [-logprob for row in found for _, logprob in row]
+
+    def generated(
+        self, prompts: Sequence[Sequence[int]], fields: Sequence[Mapping[str, object]], count: int
+    ) -> list[list[tuple[int, float]]]:
+        """`count` tokens after each prompt, each with its log-probability before any rule of sampling."""
+        requests = [
+            {"prompt": prompt, "n_predict": count, "seed": self.seed, "cache_prompt": False, "logprobs": 1}
+            | {"temperature": 0, **own}
+            for prompt, own in zip(prompts, fields, strict=True)
+        ]
+        # One at a time: which of them share a step would be chance, and rounds differently each time.
+        answers = [self.ask(request) for request in requests]
+        try:
+            tokens = [
+                [(int(t["id"]), float(t["logprob"])) for t in answer["choices"][0]["logprobs"]["content"]]
+                for answer in answers
+            ]
+        except (LookupError, TypeError, ValueError) as error:
+            raise RuntimeError(f"{self.name} gave log-probabilities that cannot be read ({error})") from error
+        if any(len(row) != count for row in tokens):
+            raise RuntimeError(f"{self.name} generated {min(map(len, tokens))} tokens to be judged instead of {count}")
+        return tokens
 
 
 def _requests(target: Target, tokens: tuple[int, ...]) -> list[dict[str, object]]:

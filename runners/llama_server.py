@@ -22,7 +22,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +30,12 @@ from typing import Any
 
 from tuner.installed import Program, memory_bytes
 from tuner.models import gguf
+from tuner.quality import TOKENS, Passage
 from tuner.serving import (
     Client,
     Endpoint,
+    JudgedServer,
     Load,
-    ServedEngine,
     Server,
     Symptoms,
     beside,
@@ -443,6 +444,11 @@ def identity(target: Target) -> dict[str, str]:
     }
 
 
+def metrics(target: Target) -> tuple[str, ...]:
+    """Figures of its own that limits may be set on."""
+    return ("nll_nats_per_token",) if target.quality else ()
+
+
 # --- running it ------------------------------------------------------------------------------
 
 SYMPTOMS = Symptoms(
@@ -500,7 +506,7 @@ def _fixed_words(config: Mapping[str, Value], target: Target, build: _Build) -> 
 
 
 @contextmanager
-def launch(config: Config, target: Target) -> Iterator[ServedEngine]:
+def launch(config: Config, target: Target) -> Iterator[JudgedLlama]:
     """Start the engine, wait until it serves, send the load once to warm up, yield; stop it afterwards.
 
     Raises:
@@ -527,11 +533,39 @@ def launch(config: Config, target: Target) -> Iterator[ServedEngine]:
             token_ids=_ordinary(model.tokens),
             fields={"cache_prompt": False, **_whole_characters(target, model.tokens)},
         )
-        engine = ServedEngine(Client(endpoint, load, server), _said(server, config))
+        engine = JudgedLlama(Client(endpoint, load, server), _said(server, config), server, target, model)
         engine.run_pass()
         yield engine
     finally:
         server.stop()
+
+
+class JudgedLlama(JudgedServer):
+    """Its likelihood of given tokens is brought about as in the `llama` workload, over HTTP: decoded along them."""
+
+    def __init__(self, client: Client, said: Mapping[str, Value], server: Server, target: Target, model: Any) -> None:
+        super().__init__(client, said, server, target, model.context or TOKENS)
+        self._tokens: tuple[int, ...] = model.tokens
+        self._forced = _llama.Forced(self._answer, server.name, model.tokens, target.seed)
+
+    def _answer(self, request: Mapping[str, object]) -> dict[str, Any]:
+        endpoint = self._client.endpoint
+        return endpoint.ask(f"{endpoint.prefix}/completions", {"model": self._client.load.model, **request})
+
+    def _text_ids(self) -> list[int]:
+        # A generated model has a vocabulary that can spell the text, and no likelihood of it that would mean anything.
+        return [] if self._target.model is None else _llama.text_ids(self._client.endpoint)
+
+    def _ordinary(self) -> Sequence[int]:
+        return self._tokens
+
+    def _go_on(self, openings: list[list[int]], count: int) -> list[list[int]]:
+        said: list[list[int]] = self._forced.go_on(openings, count)
+        return said
+
+    def _nats(self, passage: Passage) -> list[float]:
+        nats: list[float] = self._forced.nats(passage)
+        return nats
 
 
 def _whole_characters(target: Target, tokens: tuple[int, ...]) -> dict[str, object]:

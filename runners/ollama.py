@@ -307,6 +307,14 @@ def _constraints(names: set[str], target: Target, model: _Model, gpus: Sequence[
     return tuple(rules)
 
 
+def lacks(target: Target) -> dict[str, str]:
+    """Figures that it never reports, and why."""
+    return {
+        "quality_loss": "Ollama tells the likelihood of tokens that it generates, not of given ones, so its output "
+        "cannot be judged; leave the limit out, or judge the model's GGUF file with --workload llama-server"
+    }
+
+
 def _needed_bytes(model: _Model, config: Mapping[str, Value], target: Target) -> float:
     """Weights, and a context for each slot."""
     tokens = int(config.get("num_parallel", 1)) * _context(target)

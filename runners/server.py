@@ -201,6 +201,14 @@ def identity(target: Target) -> dict[str, str]:
     }
 
 
+def lacks(target: Target) -> dict[str, str]:
+    """Figures that it never reports, and why."""
+    return {
+        "quality_loss": "not every server tells the likelihood of given tokens, so the output of one that runs already "
+        "is not judged; leave the limit out, or let tune start the engine with --workload llama-server, vllm or sglang"
+    }
+
+
 def describe(target: Target) -> str:
     """One line that says what is being tuned, and whose energy is read."""
     endpoint = _endpoint(target)

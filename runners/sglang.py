@@ -35,13 +35,17 @@ from typing import Any
 
 from tuner.installed import Flag, Program, gpus_here, packaged, parse_help
 from tuner.models import hugging_face
+from tuner.quality import Passage
 from tuner.serving import (
     Client,
     Endpoint,
+    JudgedServer,
     Load,
     ServedEngine,
+    Server,
     Symptoms,
     concurrency,
+    cut,
     free_port,
     models,
     start_server,
@@ -153,7 +157,12 @@ def describe(target: Target) -> str:
     drawn = ", drawn at random: speed and energy are those of its shape, its text is meaningless"
     said = f"{kind}{drawn if hugging_face.is_dummy(target) else ''})"
     lacking = notes(target)
+    if target.quality and hugging_face.is_dummy(target):
+        lacking = [*lacking, f"no quality_loss: {NOT_JUDGED}"]
     return f"{said}; {'; '.join(lacking)}" if lacking else said
+
+
+NOT_JUDGED = "weights that SGLang draws predict every token alike, so judge with a trained --model"
 
 
 # --- what may be tuned -----------------------------------------------------------------------
@@ -412,6 +421,13 @@ def _constraints(names: set[str], target: Target, model: Any, gpus: Sequence[Any
                 ),
             )
         )
+    if target.quality and {"kv_cache_dtype", "radix_cache"} <= names:
+        rules.append(
+            Constraint(
+                "what a kv_cache_dtype but auto costs is judged through the cache of prompts: it needs radix_cache",
+                lambda c: c["kv_cache_dtype"] == AUTO or bool(c["radix_cache"]),
+            )
+        )
     if gpus and "mem_fraction_static" in names:
         memory, context = float(min(gpu.bytes for gpu in gpus)), _context(target, model)
 
@@ -433,6 +449,16 @@ def _constraints(names: set[str], target: Target, model: Any, gpus: Sequence[Any
 
 MOST_SHARE = 0.95
 """Of a GPU's memory, where the engine chooses the share."""
+
+
+def metrics(target: Target) -> tuple[str, ...]:
+    """Figures of its own that limits may be set on."""
+    return ("nll_nats_per_token",) if target.quality and not hugging_face.is_dummy(target) else ()
+
+
+def lacks(target: Target) -> dict[str, str]:
+    """Figures that it never reports, and why."""
+    return {"quality_loss": f"{NOT_JUDGED} or leave the limit out"} if hugging_face.is_dummy(target) else {}
 
 
 def identity(target: Target) -> dict[str, str]:
@@ -524,11 +550,90 @@ def launch(config: Config, target: Target) -> Iterator[ServedEngine]:
             concurrency=int(config.get("concurrency", target.prompts)),
             token_ids=hugging_face.ordinary(model),
         )
-        engine = ServedEngine(Client(endpoint, load, server), read_back(_server_info(endpoint), config))
+        client, said = Client(endpoint, load, server), read_back(_server_info(endpoint), config)
+        engine = ServedEngine(client, said)
+        if not hugging_face.is_dummy(target):
+            engine = JudgedSglang(client, said, server, target, model, config)
         engine.run_pass()
         yield engine
     finally:
         server.stop()
+
+
+class JudgedSglang(JudgedServer):
+    """One whose weights mean something; those that the engine draws itself predict every token alike, as vLLM's do.
+
+    The likelihood is the engine's own for prompts, but not of a whole row at once: in one step the attention of Triton
+    and FlashInfer takes keys and values as they were computed, not as the cache keeps them, and a cache of 8 bits would
+    lose nothing (`forward_extend` of both, 0.5.23). So a row grows by one token a request, and all before it is read
+    back from the radix cache, as it is when the engine generates.
+    """
+
+    def __init__(
+        self, client: Client, said: Mapping[str, Value], server: Server, target: Target, model: Any, config: Config
+    ) -> None:
+        super().__init__(client, said, server, target, _context(target, model) - SPARE_TOKENS)
+        self._vocabulary: int = model.vocabulary
+        self._cache = str(config.get("kv_cache_dtype", AUTO))
+
+    def _go_on(self, openings: list[list[int]], count: int) -> list[list[int]]:
+        whole = {"temperature": 1, "top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1, "ignore_eos": True}
+        answers = [self._generate(opening, {**whole, "max_new_tokens": count}) for opening in openings]
+        return [self._of(answer, "output_ids") for answer in answers]
+
+    def _nats(self, passage: Passage) -> list[float]:
+        nats: list[float] = []
+        for row in passage.rows:
+            # Brings what is given into the cache.
+            self._generate(row[: passage.context], {"temperature": 0, "max_new_tokens": 1})
+            for end in range(passage.context + 1, len(row) + 1):
+                # Figures are for the tokens after the first of those asked for, and no cache is read beyond it.
+                start = end - 2
+                meta = self._generate(
+                    row[:end],
+                    {"temperature": 0, "max_new_tokens": 1},
+                    return_logprob=True,
+                    logprob_start_len=start,
+                ).get("meta_info")
+                nats.append(self._read(self._of(meta, "input_token_logprobs"), row[end - 1]))
+            if self._cache != AUTO and not _number(meta, "cached_tokens") * 2 >= start:
+                raise RuntimeError(
+                    f"SGLang read {_number(meta, 'cached_tokens')} of {start} tokens back from its cache, so what "
+                    f"kv_cache_dtype {self._cache} costs cannot be judged; it needs radix_cache and a small page_size"
+                )
+        return nats
+
+    def _read(self, told: list[Any], token: int) -> float:
+        try:
+            logprob, said = told[-1][:2]
+            # The last id of the vocabulary is shown as 0 (`_process_input_token_logprobs`, 0.5.23).
+            if said != (token if token < self._vocabulary - 1 else 0):
+                raise ValueError(f"token {said} instead of {token}")
+            # JSON has no NaN; the engine writes null.
+            return math.nan if logprob is None else -float(logprob)
+        except (LookupError, TypeError, ValueError) as error:
+            raise RuntimeError(
+                f"SGLang gave log-probabilities of a prompt that cannot be read ({cut(str(error), 80)})"
+            ) from error
+
+    def _generate(self, ids: Sequence[int], sampling: Mapping[str, object], **fields: object) -> dict[str, Any]:
+        """One at a time: requests that share a step round differently."""
+        endpoint = self._client.endpoint
+        return endpoint.ask(
+            f"{endpoint.root}/generate", {"input_ids": list(ids), "sampling_params": dict(sampling), **fields}
+        )
+
+    def _of(self, answer: Any, name: str) -> list[Any]:
+        found = answer.get(name) if isinstance(answer, dict) else None
+        if not isinstance(found, list):
+            raise RuntimeError(f"this SGLang gives no {name}, so its output cannot be judged")
+        return found
+
+
+def _number(meta: Any, name: str) -> int:
+    """A count of the answer's; 0 where there is none."""
+    found = meta.get(name) if isinstance(meta, dict) else None
+    return found if isinstance(found, int) else 0
 
 
 # --- what the engine says --------------------------------------------------------------------

@@ -36,14 +36,13 @@ from typing import Any
 
 from tuner.installed import Flag, Gpu, Program, gpus_here, memory_bytes, packaged, parse_help
 from tuner.models import hugging_face
-from tuner.quality import TEXT, Passage, drawn, judge, of_text
+from tuner.quality import Passage
 from tuner.serving import (
-    LATE_SECONDS,
     Client,
     Endpoint,
+    JudgedServer,
     Load,
     ServedEngine,
-    Server,
     Symptoms,
     concurrency,
     cut,
@@ -166,11 +165,11 @@ def describe(target: Target) -> str:
     said = f"{kind}{drawn if hugging_face.is_dummy(target) else ''})"
     lacking = notes(target)
     if target.quality and hugging_face.is_dummy(target):
-        lacking = [*lacking, NOT_JUDGED]
+        lacking = [*lacking, f"no quality_loss: {NOT_JUDGED}"]
     return f"{said}; {'; '.join(lacking)}" if lacking else said
 
 
-NOT_JUDGED = "no quality_loss: weights that vLLM draws predict every token alike, so judge with a trained --model"
+NOT_JUDGED = "weights that vLLM draws predict every token alike, so judge with a trained --model"
 
 
 # --- what may be tuned -----------------------------------------------------------------------
@@ -489,6 +488,11 @@ def metrics(target: Target) -> tuple[str, ...]:
     return ("nll_nats_per_token",) if target.quality and not hugging_face.is_dummy(target) else ()
 
 
+def lacks(target: Target) -> dict[str, str]:
+    """Figures that it never reports, and why."""
+    return {"quality_loss": f"{NOT_JUDGED} or leave the limit out"} if hugging_face.is_dummy(target) else {}
+
+
 def identity(target: Target) -> dict[str, str]:
     """Engine, version, model and device: what must agree before results may meet."""
     build, model = _build(), hugging_face.read(target)
@@ -613,58 +617,26 @@ def launch(config: Config, target: Target) -> Iterator[ServedEngine]:
         )
         client = Client(endpoint, load, server)
         said = read_back(server.log(), _metrics(endpoint), config)
-        engine = (
-            ServedEngine(client, said) if hugging_face.is_dummy(target) else JudgedServer(client, said, server, target)
-        )
+        engine = ServedEngine(client, said)
+        if not hugging_face.is_dummy(target):
+            # The engine counts one token to generate beside those of the prompt.
+            engine = JudgedVllm(client, said, server, target, _context(target) - 1)
         engine.run_pass()
         yield engine
     finally:
         server.stop()
 
 
-class JudgedServer(ServedEngine):
+class JudgedVllm(JudgedServer):
     """One whose weights mean something.
 
     Those that the engine draws itself are within 0.001 of zero, the norms' too, so that every token is predicted
     alike whatever the precision: a loss of 0 would be no finding.
+
+    The likelihood is the engine's own for prompts. It computes them in as many steps as the configuration makes of one,
+    and attention reads keys and values back from the cache in its precision (not so in multi-head latent attention,
+    which reads those of the same step as they were computed).
     """
-
-    def __init__(self, client: Client, said: Mapping[str, Value], server: Server, target: Target) -> None:
-        super().__init__(client, said)
-        self._server, self._target = server, target
-
-    def quality(self, reference: Path) -> Mapping[str, float]:
-        """Mean negative log-likelihood of fixed tokens, which the engine gives for prompts.
-
-        They are computed as a prompt is, in as many steps as the configuration makes of one, and attention reads
-        keys and values back from the cache in its precision (not so in multi-head latent attention, which reads
-        those of the same step as they were computed).
-
-        Raises:
-            RuntimeError: the engine ended or refused, `reference` is damaged, or the likelihood is no number.
-        """
-        try:
-            return judge(reference, self._passage, self._nats)
-        except RuntimeError as error:
-            if (end := self._server.end(LATE_SECONDS)) is not None:
-                raise RuntimeError(f"vLLM ended while its output was judged ({end}): {self._server.cause()}") from error
-            raise
-
-    def _passage(self) -> Passage:
-        # The engine counts one token to generate beside those of the prompt.
-        most = _context(self._target) - 1
-        return of_text(self._text_ids(), most) or drawn(
-            self._client.load.token_ids or (), self._target.seed, self._go_on, most
-        )
-
-    def _text_ids(self) -> list[int]:
-        """The fixed text in the model's own tokens; empty where the engine was started without a tokenizer."""
-        body = {"model": self._client.load.model, "prompt": TEXT, "add_special_tokens": False}
-        with suppress(RuntimeError):
-            ids = self._client.endpoint.ask(f"{self._client.endpoint.root}/tokenize", body).get("tokens")
-            if isinstance(ids, list):
-                return [int(i) for i in ids]
-        return []
 
     def _go_on(self, openings: list[list[int]], count: int) -> list[list[int]]:
         # Whatever limits a distribution is off: the engine was started without the model's own generation settings.

@@ -94,6 +94,13 @@ files = ["bench.py"]
 
 
 @pytest.fixture
+def own_children():
+    """The processes started since the test began: others may belong to fixtures that stay for the session."""
+    before = set(psutil.Process().children(recursive=True))
+    return lambda: set(psutil.Process().children(recursive=True)) - before
+
+
+@pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -403,10 +410,10 @@ def test_a_worker_killed_by_sigkill_leaves_neither_command_nor_daemon(folder, gr
     assert all(gone(process.pid) for process in below)
 
 
-def test_a_command_that_ignores_sigterm_is_killed(folder):
+def test_a_command_that_ignores_sigterm_is_killed(folder, own_children):
     bench = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
     assert "did not end" in cause(folder, bench, units="fixed = 1", options="timeout = 3")
-    assert not [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    assert not [p for p in own_children() if p.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_a_command_gets_signals_and_descriptors_as_a_shell_gives_them(folder):
@@ -476,7 +483,7 @@ def served(folder, *, ready='url = "http://127.0.0.1:{port}/health"', server=SER
 
 
 @pytest.mark.parametrize("ready", ['url = "http://127.0.0.1:{port}/health"', 'regex = "^serving$"'])
-def test_a_server_stays_while_each_pass_runs_the_load(folder, ready):
+def test_a_server_stays_while_each_pass_runs_the_load(folder, ready, own_children):
     target = served(folder, ready=ready)
     config = command.space(target).complete({"slots": 3})
     with command.launch(config, target) as engine:
@@ -485,7 +492,7 @@ def test_a_server_stays_while_each_pass_runs_the_load(folder, ready):
         assert engine.run_pass().units == 6
         with pytest.raises(RuntimeError, match=r"^slots: the server is started with it$"):
             engine.change({**config, "slots": 5})
-    assert not psutil.Process().children(recursive=True)
+    assert not own_children()
 
 
 @pytest.mark.parametrize(
@@ -501,7 +508,7 @@ def test_a_server_stays_while_each_pass_runs_the_load(folder, ready):
         ({"client": CLIENT.replace("/health", "/die")}, "the server ended while the load ran, and then "),
     ],
 )
-def test_a_server_or_a_load_that_fails_says_which_and_why(folder, changes, sentence):
+def test_a_server_or_a_load_that_fails_says_which_and_why(folder, changes, sentence, own_children):
     if "timeout" in changes.get("ready", ""):
         changes["ready"] = changes["ready"].partition("\n")[0]
     target = served(folder, **changes)
@@ -512,7 +519,7 @@ def test_a_server_or_a_load_that_fails_says_which_and_why(folder, changes, sente
     with pytest.raises(RuntimeError) as raised, command.launch(command.space(target).default(), target):
         pass
     assert sentence in str(raised.value)
-    assert not psutil.Process().children(recursive=True)
+    assert not own_children()
 
 
 def test_another_server_on_the_same_address_is_not_measured_by_mistake(folder):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fakes.openai_server import Engine as Server
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -206,6 +207,53 @@ def test_a_limit_on_quality_allows_what_is_lossy_and_measures_it():
     assert study.header.target.allow_lossy
     assert study.header.target.quality
     assert study.history.default.metrics["quality_loss"] == 0
+
+
+NEVER = {
+    "ollama": "Ollama tells the likelihood of tokens that it generates, not of given ones, .*; leave the limit out, or",
+    "server": "not every server tells the likelihood of given tokens, .*; leave the limit out, or let tune start ",
+    "command": "tune cannot judge what a command puts out; leave the limit out, or let the command print ",
+}
+
+
+@pytest.mark.parametrize("engine", NEVER)
+def test_a_limit_on_quality_that_an_engine_never_reports_is_refused_before_anything_is_launched(
+    engine, tmp_path, monkeypatch
+):
+    note = tmp_path / "launched"
+    if engine == "ollama":
+        stand_in = tmp_path / "ollama"
+        code = f"import runpy\nrunpy.run_path({str(ENGINE.with_name('ollama_server.py'))!r}, run_name='__main__')"
+        stand_in.write_text(f"#!{sys.executable}\n{code}\n")
+        stand_in.chmod(0o755)
+        monkeypatch.setenv("TUNE_OLLAMA", str(stand_in))
+    spec = tmp_path / "bench.toml"
+    spec.write_text(
+        f'''[command]
+argv = ["{sys.executable}", "-c", "open('{note}', 'w')", "{{n}}", "{{prompts}}", "{{output_tokens}}"]
+[parameters.n]
+type = "int"
+low = 1
+high = 2
+default = 1
+meaning = "how much is done in a pass of it"
+[units]
+fixed = 3
+'''
+    )
+    with Server() as served:
+        words = {
+            "ollama": ["--workload", "ollama", "--model", "tiny"],
+            "server": ["--workload", "server", "--url", served.url],
+            "command": ["--workload", spec],
+        }[engine]
+        done = tune("run", *words, *QUICK, "--batch", "--trials", "2", "--name", "s", "--limit", "quality_loss<=0.01")
+        assert served.requests == []
+    assert done.returncode == 2, done.stderr
+    assert re.search(rf"--limit quality_loss<=0.01: {NEVER[engine]}", " ".join(done.stderr.split()))
+    assert "Traceback" not in done.stderr
+    assert not Path("results").exists()
+    assert not note.exists()
 
 
 def test_what_changes_on_a_running_engine_is_told_to_the_model_with_what_a_restart_costs():

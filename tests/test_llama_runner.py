@@ -639,7 +639,7 @@ def test_the_likelihood_of_a_token_that_was_forced_is_the_one_it_has_when_nothin
         engine.quality(tmp_path / "reference")
         kept = json.loads((tmp_path / "reference").read_text())
         row, context = kept["rows"][0], kept["context"]
-        forced = engine._generated(
+        forced = engine._forced.generated(
             [row[:context]], [{"grammar": " ".join(["root ::=", *(f"<[{i}]>" for i in row[context:])])}], 72
         )
         for at in (0, 7, 71):

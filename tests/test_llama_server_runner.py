@@ -1,9 +1,11 @@
 """The llama-server runner: against a stand-in, against llama.cpp's own HTTP server behind it, and against itself."""
 
 import importlib.util
+import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -403,6 +405,97 @@ def test_llama_cpps_own_server_answers_behind_the_stand_in(llama_server, monkeyp
     assert len(work.itl_seconds) == 4 * 3
 
 
+# --- how good it is
+
+
+JUDGED = replace(LOSSY, quality=True)
+FEWER_BITS = {"cache_type_k": "q4_0", "cache_type_v": "q4_0", "flash_attention": "on"}
+
+
+def judged(llama_server, target, reference, **changes):
+    with llama_server.launch(llama_server.space(target).complete(changes), target) as engine:
+        return engine.quality(reference)
+
+
+def trained(llama_server):
+    """A model file, as one of the person's own is."""
+    return replace(JUDGED, size=None, model=str(gguf.read(LOAD).path))
+
+
+def test_given_tokens_are_judged_and_held_against_the_default(llama_server, tmp_path, log):
+    reference = tmp_path / "reference"
+    assert judged(llama_server, JUDGED, reference) == {"nll_nats_per_token": 6.5, "quality_loss": 0.0}
+    assert judged(llama_server, JUDGED, reference)["quality_loss"] == 0
+    assert judged(llama_server, JUDGED, reference, **FEWER_BITS)["quality_loss"] == pytest.approx(0.005)
+
+
+def test_a_generated_model_is_judged_by_what_the_default_says(llama_server, tmp_path, log):
+    judged(llama_server, JUDGED, tmp_path / "reference")
+    kept = json.loads((tmp_path / "reference").read_text())
+    assert kept["source"] == "sampled from the default configuration"
+    assert {tuple(row[kept["context"] :]) for row in kept["rows"]} == {tuple(range(400, 472))}
+
+
+def test_a_model_file_is_judged_by_a_fixed_text(llama_server, tmp_path, log):
+    judged(llama_server, trained(llama_server), tmp_path / "reference")
+    assert json.loads((tmp_path / "reference").read_text())["source"] == "a fixed text"
+
+
+def test_each_row_is_asked_for_alone_with_a_grammar_that_names_its_tokens(llama_server, tmp_path, log):
+    reference = {"rows": [[7, 8, 9, 10], [11, 12, 13, 14]], "context": 2, "nll_nats_per_token": 6.0}
+    (tmp_path / "reference").write_text(json.dumps(reference))
+    with llama_server.launch(llama_server.space(JUDGED).default(), JUDGED) as engine:
+        answer, asked = engine._forced.ask, []
+        object.__setattr__(engine._forced, "ask", lambda request: asked.append(request) or answer(request))
+        assert engine.quality(tmp_path / "reference")["quality_loss"] == 0.5
+    assert [(a["prompt"], a["grammar"]) for a in asked] == [
+        ([7, 8], "root ::= <[9]> <[10]>"),
+        ([11, 12], "root ::= <[13]> <[14]>"),
+    ]
+    assert {a["cache_prompt"] for a in asked} == {False}
+
+
+UNJUDGED = {
+    "no-logprobs": "llama-server gave log-probabilities that cannot be read",
+    "nan": "llama-server gave log-probabilities that cannot be read",
+    "impossible": "no finite number: the output is broken",
+    "short-answer": "llama-server generated 71 tokens to be judged instead of 72",
+    "other-tokens": "llama-server did not follow the reference, so its output cannot be judged",
+    "reset-unstreamed": "POST /v1/completions brought no answer: ",
+}
+
+
+@pytest.mark.parametrize(("mode", "sentence"), UNJUDGED.items(), ids=UNJUDGED)
+def test_output_that_cannot_be_judged_is_one_sentence_and_leaves_no_reference(
+    llama_server, tmp_path, log, monkeypatch, mode, sentence
+):
+    monkeypatch.setattr("tuner.serving.LATE_SECONDS", 0.1)
+    monkeypatch.setenv("FAKE_LLAMA_SERVER", mode)
+    with pytest.raises(RuntimeError, match=sentence) as caught:
+        judged(llama_server, JUDGED, tmp_path / "reference")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.glob("reference*")) == []
+
+
+def test_a_text_that_is_answered_with_no_tokens_is_one_sentence(llama_server, tmp_path, log, monkeypatch):
+    monkeypatch.setattr("tuner.serving.LATE_SECONDS", 0.1)
+    monkeypatch.setenv("FAKE_LLAMA_SERVER", "odd-tokens")
+    with pytest.raises(RuntimeError, match="POST /tokenize brought no list of tokens: none"):
+        judged(llama_server, trained(llama_server), tmp_path / "reference")
+
+
+def test_an_engine_that_ends_while_it_is_judged_is_named_with_its_cause(llama_server, tmp_path, log):
+    with llama_server.launch(llama_server.space(JUDGED).default(), JUDGED) as engine:
+        os.killpg(engine._server.pid, signal.SIGTERM)
+        assert engine._server.end(5)
+        with pytest.raises(RuntimeError, match=r"llama-server ended while its output was judged \(.+\): "):
+            engine.quality(tmp_path / "reference")
+
+
+def test_limits_may_be_set_on_the_likelihood_itself(llama_server):
+    assert (llama_server.metrics(JUDGED), llama_server.metrics(LOSSY)) == (("nll_nats_per_token",), ())
+
+
 # --- for good
 
 
@@ -455,3 +548,50 @@ def test_llama_server_itself_runs_the_load_and_reads_back_what_it_was_told(llama
     config = {**space.default(), "cache_type_v": "q8_0", "flash_attention": "off"}
     with pytest.raises(RuntimeError, match="V cache"), llama_server.launch(config, LOSSY):
         pytest.fail("an engine was yielded")
+
+
+itself = pytest.mark.skipif(
+    REAL is None, reason="TUNE_LLAMA_SERVER names none: no output of a real llama-server was judged"
+)
+
+
+@pytest.mark.slow
+@itself
+def test_llama_server_itself_loses_nothing_against_itself_and_something_with_fewer_bits(llama_server, tmp_path, log):
+    reference = tmp_path / "reference"
+    first = judged(llama_server, JUDGED, reference)["nll_nats_per_token"]
+    assert judged(llama_server, JUDGED, reference) == {"nll_nats_per_token": first, "quality_loss": 0.0}
+    # Another shape of the steps rounds differently: 0.0004 nats were seen.
+    assert abs(judged(llama_server, JUDGED, reference, parallel=1)["quality_loss"]) < 2e-3
+    # 0.0052 nats were seen, the same as in the `llama` workload.
+    assert 2e-3 < judged(llama_server, JUDGED, reference, **FEWER_BITS)["quality_loss"] < 2e-2
+
+
+@pytest.mark.slow
+@itself
+def test_llama_server_itself_judges_a_model_file_by_a_fixed_text(llama_server, tmp_path, log):
+    reference = tmp_path / "reference"
+    target = trained(llama_server)
+    assert judged(llama_server, target, reference)["quality_loss"] == 0
+    assert json.loads(reference.read_text())["source"] == "a fixed text"
+    assert judged(llama_server, target, reference)["quality_loss"] == 0
+    assert abs(judged(llama_server, target, reference, **FEWER_BITS)["quality_loss"]) > 1e-4
+
+
+@pytest.mark.slow
+@itself
+def test_a_token_that_llama_server_itself_was_made_to_say_has_the_likelihood_that_it_has_freely(
+    llama_server, tmp_path, log
+):
+    with llama_server.launch(llama_server.space(JUDGED).default(), JUDGED) as engine:
+        engine.quality(tmp_path / "reference")
+        kept = json.loads((tmp_path / "reference").read_text())
+        row, context = kept["rows"][0], kept["context"]
+        nats = engine._nats(llama_server.Passage(source="", rows=[row], context=context))
+        for at in (0, 7, 71):
+            asked = {"prompt": row[: context + at], "n_predict": 1, "logprobs": 1024, "cache_prompt": False}
+            asked |= {"ignore_eos": True, "temperature": 0, **llama_server._whole_characters(JUDGED, engine._tokens)}
+            content = engine._answer(asked)["choices"][0]["logprobs"]["content"][0]
+            free = {top["id"]: top["logprob"] for top in content["top_logprobs"]}
+            # Prompts are computed in batches and answers one by one, which rounds differently.
+            assert -nats[at] == pytest.approx(free[row[context + at]], abs=0.02)

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from contracts.runner_contract import RunnerContract
 
 from tuner.installed import Program
 from tuner.models import hugging_face
+from tuner.quality import TEXT
 from tuner.space import Refused
-from tuner.trial import Target
+from tuner.trial import Judged, Target
 
 RUNNER = Path(__file__).parents[1] / "runners" / "sglang.py"
 FAKES = Path(__file__).parent / "fakes"
@@ -390,6 +392,144 @@ def test_one_that_ignores_sigterm_and_its_children_are_killed(sglang, monkeypatc
         pids = [int(pid) for pid in (tmp_path / "note").read_text().split()]
     for pid in pids:
         assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+# --- how good it is
+
+
+@pytest.fixture
+def trained(gpus, tmp_path):
+    """A target whose weights are the model's own, so that its output can be judged."""
+    gpus(H100)
+    return replace(LOSSY, model=model_folder(tmp_path / "m"), quality=True, prompt_tokens=90)
+
+
+def judged(sglang, target, reference, **changes):
+    with sglang.launch(sglang.space(target).complete(changes), target) as engine:
+        return engine.quality(reference)
+
+
+def test_fixed_tokens_are_judged_and_held_against_the_default(sglang, trained, tmp_path, log):
+    reference = tmp_path / "reference"
+    assert judged(sglang, trained, reference) == {"nll_nats_per_token": 9.5, "quality_loss": 0.0}
+    assert judged(sglang, trained, reference)["quality_loss"] == 0
+    assert judged(sglang, trained, reference, kv_cache_dtype="fp8_e5m2")["quality_loss"] == pytest.approx(0.02)
+
+
+def test_a_row_grows_by_one_token_a_request_so_that_the_cache_is_read_back(sglang, tmp_path):
+    asked = []
+
+    class Asks(sglang.JudgedSglang):
+        def _generate(self, ids, sampling, **fields):
+            asked.append((len(ids), fields.get("logprob_start_len")))
+            return {"meta_info": {"input_token_logprobs": [[None, 0, None], [-1.0, ids[-1], None]]}}
+
+    engine = Asks(None, {}, None, Target(), hugging_face.read(LOAD), {})
+    assert engine._nats(sglang.Passage(source="", rows=[list(range(8))], context=5)) == [1.0, 1.0, 1.0]
+    assert asked == [(5, None), (6, 4), (7, 5), (8, 6)]
+
+
+def test_every_configuration_is_judged_by_the_very_tokens_that_the_default_kept(sglang, trained, tmp_path, log):
+    reference = tmp_path / "reference"
+    judged(sglang, trained, reference)
+    kept = json.loads(reference.read_text())
+    kept["rows"] = [[*row[:-1], 7] for row in kept["rows"]]
+    reference.write_text(json.dumps(kept))
+    with sglang.launch(sglang.space(trained).default(), trained) as engine:
+        ask, asked = engine._generate, []
+        engine._generate = lambda ids, *others, **fields: asked.append(ids) or ask(ids, *others, **fields)
+        engine.quality(reference)
+    assert [ids for ids in asked if len(ids) == 96] == kept["rows"]
+
+
+def test_a_text_of_the_models_own_tokens_is_judged_in_rows_that_fit_the_context(sglang, trained, tmp_path, log):
+    judged(sglang, replace(trained, prompt_tokens=20, output_tokens=8), tmp_path / "reference")
+    kept = json.loads((tmp_path / "reference").read_text())
+    assert kept["source"] == "a fixed text"
+    assert {len(row) for row in kept["rows"]} == {40}
+    assert len(TEXT.split()) > 4 * 40
+
+
+@pytest.mark.parametrize("mode", ["no-tokenizer", "few-tokens"])
+def test_without_a_tokenizer_the_default_says_what_is_judged(sglang, trained, tmp_path, log, monkeypatch, mode):
+    monkeypatch.setenv("FAKE_SGLANG", mode)
+    assert judged(sglang, trained, tmp_path / "reference")["quality_loss"] == 0
+    kept = json.loads((tmp_path / "reference").read_text())
+    assert kept["source"] == "sampled from the default configuration"
+    assert kept["rows"][0][kept["context"] :] == list(range(2000, 2000 + 72))
+
+
+def test_the_last_id_of_the_vocabulary_is_known_by_the_id_that_sglang_shows_for_it(sglang):
+    model = hugging_face.read(LOAD)
+    engine = sglang.JudgedSglang(None, {}, None, Target(), model, {})
+    assert engine._read([[None, 3, None], [-2.0, 0, None]], model.vocabulary - 1) == 2.0
+    with pytest.raises(RuntimeError, match="token 0 instead of 5"):
+        engine._read([[-2.0, 0, None]], 5)
+
+
+UNJUDGED = {
+    "no-logprobs": "this SGLang gives no input_token_logprobs, so its output cannot be judged",
+    "odd-logprobs": "SGLang gave log-probabilities of a prompt that cannot be read",
+    "other-tokens": r"SGLang gave log-probabilities of a prompt that cannot be read \(token 1 instead of \d+\)",
+    "nan": "no finite number: the output is broken",
+    "impossible": "no finite number: the output is broken",
+    "reset-unstreamed": "POST /generate brought no answer: ",
+}
+
+
+@pytest.mark.parametrize(("mode", "sentence"), UNJUDGED.items(), ids=UNJUDGED)
+def test_output_that_cannot_be_judged_is_one_sentence_and_leaves_no_reference(
+    sglang, trained, tmp_path, log, monkeypatch, mode, sentence
+):
+    monkeypatch.setattr("tuner.serving.LATE_SECONDS", 0.1)
+    monkeypatch.setenv("FAKE_SGLANG", mode)
+    with pytest.raises(RuntimeError, match=sentence) as caught:
+        judged(sglang, trained, tmp_path / "reference")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.glob("reference*")) == []
+
+
+def test_an_engine_without_ids_of_what_it_says_cannot_be_judged_without_a_tokenizer(sglang):
+    engine = sglang.JudgedSglang(None, {}, None, Target(), hugging_face.read(LOAD), {})
+    with pytest.raises(RuntimeError, match="this SGLang gives no output_ids, so its output cannot be judged"):
+        engine._of({"text": "x"}, "output_ids")
+
+
+def test_an_engine_that_ends_while_it_is_judged_is_named_with_its_cause(sglang, trained, tmp_path, log):
+    with sglang.launch(sglang.space(trained).default(), trained) as engine:
+        os.killpg(engine._server.pid, signal.SIGTERM)
+        assert engine._server.end(5)
+        with pytest.raises(RuntimeError, match=r"SGLang ended while its output was judged \(.+\): "):
+            engine.quality(tmp_path / "reference")
+
+
+def test_a_cache_of_8_bits_that_is_not_read_back_is_no_finding(sglang, trained, tmp_path, log):
+    fixed = replace(trained, engine_args=("--disable-radix-cache",))
+    with pytest.raises(
+        RuntimeError, match="SGLang read 0 of 94 tokens back from its cache, so what kv_cache_dtype fp8"
+    ):
+        judged(sglang, fixed, tmp_path / "reference", kv_cache_dtype="fp8_e5m2")
+
+
+def test_a_cache_of_8_bits_without_a_radix_cache_is_answered_without_a_launch(sglang, trained):
+    changes = {"kv_cache_dtype": "fp8_e5m2", "radix_cache": False}
+    with pytest.raises(Refused, match="it needs radix_cache"):
+        sglang.space(trained).complete(changes)
+    assert sglang.space(replace(trained, quality=False)).complete(changes)
+
+
+def test_weights_that_the_engine_draws_are_not_judged_and_the_line_on_the_model_says_so(sglang, log):
+    drawn = replace(LOAD, allow_lossy=True, quality=True)
+    with sglang.launch(sglang.space(drawn).default(), drawn) as engine:
+        assert not isinstance(engine, Judged)
+    assert "no quality_loss: weights that SGLang draws predict every token alike" in sglang.describe(drawn)
+    assert "quality_loss" not in sglang.describe(LOAD)
+    assert sglang.metrics(drawn) == ()
+
+
+def test_limits_may_be_set_on_the_likelihood_itself(sglang, trained):
+    assert sglang.metrics(trained) == ("nll_nats_per_token",)
+    assert sglang.metrics(replace(trained, quality=False)) == ()
 
 
 # --- for good

@@ -612,7 +612,7 @@ UNJUDGED = {
 def test_output_that_cannot_be_judged_is_one_sentence_and_leaves_no_reference(
     vllm, trained, tmp_path, log, monkeypatch, mode, sentence
 ):
-    monkeypatch.setattr(vllm, "LATE_SECONDS", 0.1)
+    monkeypatch.setattr("tuner.serving.LATE_SECONDS", 0.1)
     monkeypatch.setenv("FAKE_VLLM", mode)
     with pytest.raises(RuntimeError, match=sentence):
         judged(vllm, trained, tmp_path / "reference")

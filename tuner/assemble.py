@@ -212,10 +212,20 @@ def _bench(header: Header, meters: MeterChoice, say: Say, *, search: bool = True
         meters=meters,
         machine={**machine.describe(), **_boards(meters), **_scopes(meters)},
         identity=asked(path, "identity", lambda: runner.identity(header.target)),
-        limits=parse_limits(header.limits, metrics_of(path, runner, header.target)),
+        limits=_limits(path, runner, header),
         unit=asked(path, "unit", lambda: unit_of(runner, header.target)),
         notes=tuple(notes),
     )
+
+
+def _limits(path: Path, runner: Runner, header: Header) -> tuple[Limit, ...]:
+    """What is asked for, refused at once where the runner knows that it will never report the figure."""
+    limits = parse_limits(header.limits, metrics_of(path, runner, header.target))
+    lacks = getattr(runner, "lacks", None)
+    never = asked(path, "lacks", lambda: lacks(header.target)) if lacks and limits else {}
+    if limit := next((limit for limit in limits if limit.column in never), None):
+        raise Refused(f"--limit {limit}: {never[limit.column]}")
+    return limits
 
 
 def metrics_of(path: Path, runner: Runner, target: Target) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ Glossary
 
 from __future__ import annotations
 
+import abc
 import array
 import contextlib
 import errno
@@ -47,6 +48,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tuner.quality import TEXT, Passage, drawn, judge, of_text
 from tuner.space import Config, Int, Parameter, Refused, Value
 from tuner.supervise import TIDY_SECONDS, alive
 from tuner.trial import Target, Work
@@ -894,6 +896,58 @@ class ServedEngine:
             RuntimeError: the engine ended, refused requests, or did other work than was asked for.
         """
         return self._client.run_pass()
+
+
+class JudgedServer(ServedEngine, abc.ABC):
+    """One whose output is held against the default's (docs/design/limits.md).
+
+    What all servers share stands here: which tokens are judged, what is kept of them, and how an engine's end is told.
+    How the engine brings about their likelihood is said by its runner, in `_go_on` and `_nats`.
+    """
+
+    def __init__(self, client: Client, said: Mapping[str, Value], server: Server, target: Target, most: int) -> None:
+        """`most`: tokens that a row of the passage may have."""
+        super().__init__(client, said)
+        self._server, self._target, self._most = server, target, most
+
+    def quality(self, reference: Path) -> Mapping[str, float]:
+        """Mean negative log-likelihood of fixed tokens, and how far it is above the default's.
+
+        Raises:
+            RuntimeError: the engine ended or refused, `reference` is damaged, or the likelihood is no number.
+        """
+        try:
+            return judge(reference, self._passage, self._nats)
+        except RuntimeError as error:
+            if (end := self._server.end(LATE_SECONDS)) is not None:
+                name, cause = self._server.name, self._server.cause()
+                raise RuntimeError(f"{name} ended while its output was judged ({end}): {cause}") from error
+            raise
+
+    def _passage(self) -> Passage:
+        text = of_text(self._text_ids(), self._most)
+        return text or drawn(self._ordinary(), self._target.seed, self._go_on, self._most)
+
+    def _text_ids(self) -> list[int]:
+        """The fixed text in the model's own tokens; empty where the engine has no tokenizer. vLLM's form of it."""
+        body = {"model": self._client.load.model, "prompt": TEXT, "add_special_tokens": False}
+        with contextlib.suppress(RuntimeError, TypeError, ValueError):
+            ids = self._client.endpoint.ask(f"{self._client.endpoint.root}/tokenize", body).get("tokens")
+            if isinstance(ids, list):
+                return [int(i) for i in ids]
+        return []
+
+    def _ordinary(self) -> Sequence[int]:
+        """Tokens that openings are drawn from."""
+        return self._client.load.token_ids or ()
+
+    @abc.abstractmethod
+    def _go_on(self, openings: list[list[int]], count: int) -> Sequence[Sequence[int]]:
+        """What the engine says after each opening: so many tokens, at temperature 1 from the whole vocabulary."""
+
+    @abc.abstractmethod
+    def _nats(self, passage: Passage) -> Sequence[float]:
+        """Of each judged token, in the configuration that runs."""
 
 
 def streamed(response: http.client.HTTPResponse, at: float) -> Iterator[tuple[float, bytes]]:

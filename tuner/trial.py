@@ -175,8 +175,9 @@ class Service:
 class Runner(Protocol):
     """A file in `runners/`: four functions at module level.
 
-    Four more are asked for where a runner has them: `describe(target)` is a sentence on the model, `load(target)` one
-    on a load that is not the target's, `metrics(target)` names the figures of its own that limits may be set on, and
+    Five more are asked for where a runner has them: `describe(target)` is a sentence on the model, `load(target)` one
+    on a load that is not the target's, `metrics(target)` names the figures of its own that limits may be set on,
+    `lacks(target)` those of every engine that this one never reports, each with the reason and the way on, and
     `service(config, target)` gives a `Service`.
     """
 

@@ -112,6 +112,31 @@ def start_log(arguments):
     yield "0.00.018.000 I srv          init: model loaded"
 
 
+class Forced:
+    """Completions that are not streamed, as the build of August 2026 answers them: a grammar names each token.
+
+    A cache of fewer bits costs quality.
+    """
+
+    def __init__(self, arguments):
+        self.cost = 0.005 * any(arguments.get(f"--cache-type-{side}", "f16") != "f16" for side in "kv")
+
+    def __call__(self, asked, mode):
+        if "content" in asked:
+            words = re.findall(r"\w+|[^\w\s]", asked["content"])
+            return {"tokens": "none" if mode == "odd-tokens" else [300 + len(word) for word in words]}
+        count = asked["n_predict"] - (mode == "short-answer")
+        ids = [int(i) for i in re.findall(r"<\[(\d+)\]>", asked.get("grammar", ""))] or [400 + i for i in range(count)]
+        if mode == "other-tokens" and "grammar" in asked:
+            ids = [i + 1 for i in ids]
+        # A probability of 0 is written as the least number of 32 bits; JSON has no NaN.
+        logprob = {"nan": None, "impossible": -3.4028234663852886e38}.get(mode, -6.5 - self.cost)
+        told = [{"id": i, "token": "x", "bytes": [120], "logprob": logprob, "top_logprobs": []} for i in ids[:count]]
+        told = None if mode == "no-logprobs" else {"content": told}
+        choice = {"text": "x" * count, "index": 0, "logprobs": told, "finish_reason": "length"}
+        return {"choices": [choice], "usage": {"completion_tokens": count}}
+
+
 FAILURES = {
     "oom-loading": (
         1,
@@ -187,6 +212,7 @@ def main():
         port=int(arguments["--port"]),
         seats=max(1, int(arguments.get("--parallel", 4))),
         timed=True,
+        forced=Forced(arguments),
         last_words="0.09.000.000 E ggml_vulkan: Device memory allocation of size 1073741824 failed.",
     )
     return serve(engine, mode, NOTE)

@@ -46,14 +46,17 @@ class Engine:
         timed=False,
         pages=None,
         nats=9.68,
+        native=None,
+        forced=None,
     ):
         """`last_words`: its log when memory runs out; `timed`: it says how long both phases took, as llama.cpp does;
-        `pages`: further paths with the JSON that they bring."""
+        `pages`: further paths with the JSON that they bring; `native`: answers `/generate` as SGLang does;
+        `forced`: answers what is not streamed, and `/tokenize`, as llama.cpp does."""
         self.mode, _, start = mode.partition(":")
         self.begins = int(start or 0)
         self.model, self.metrics, self.token_seconds = model, metrics, token_seconds
         self.last_words, self.timed, self.pages = last_words, timed, pages or {}
-        self.nats = nats
+        self.nats, self.native, self.forced = nats, native, forced
         self.requests, self.headers, self.in_flight, self.most_in_flight = [], [], 0, 0
         self.lock = threading.Lock()
         self.seats = threading.Semaphore(seats)
@@ -144,8 +147,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.left = True
 
     def answer(self, asked, number, mode):
+        if self.served.forced and not asked.get("stream"):
+            return self.reply_of(self.served.forced, asked, mode)
         if self.path == "/tokenize":
             return self.tokenize(asked, mode)
+        if self.path == "/generate" and self.served.native:
+            return self.reply_of(self.served.native, asked, mode)
         if asked["model"] != self.served.model:
             return self.error(404, f"The model `{asked['model']}` does not exist.", "NotFoundError")
         chat = self.path.endswith("/chat/completions")
@@ -188,6 +195,15 @@ class _Handler(BaseHTTPRequestHandler):
         tokens = [1000 + int(hashlib.sha256(word.encode()).hexdigest(), 16) % 1000 for word in words]
         tokens = tokens if mode != "few-tokens" else tokens[:5]
         return self.reply(200, {"count": len(tokens), "max_model_len": 4096, "tokens": tokens, "token_strs": None})
+
+    def reply_of(self, engine, asked, mode):
+        """What the stand-in of an engine says to a request that is not streamed."""
+        if mode == "reset-unstreamed":
+            self.close_connection = True
+            return None
+        answer = engine(asked, mode)
+        self.leave()
+        return self.reply(200, answer)
 
     def at_once(self, asked, prompt, mode):
         """Several prompts of token ids, each with its own answer, as vLLM 0.32 gives them."""

@@ -4,6 +4,7 @@ The help is SGLang 0.5.23's own (Apache-2.0), cut down to the flags that the run
 flags from it, as another version would. `/server_info` says what 0.5.23 says: every argument as it was resolved.
 """
 
+import itertools
 import os
 import re
 import sys
@@ -81,6 +82,44 @@ def resolved(arguments):
     }
 
 
+class Native:
+    """`/generate` for one list of token ids, as 0.5.23 answers it, with its radix cache.
+
+    A cache of 8 bits costs quality, but only by what is read back from it: the tokens of one step are attended to as
+    they were computed.
+    """
+
+    def __init__(self, arguments):
+        self.page = arguments.get("page_size", 1)
+        self.radix = not arguments.get("disable_radix_cache", False)
+        self.cost = 0.02 * str(arguments.get("kv_cache_dtype", "auto")).startswith("fp8")
+        self.seen = []
+
+    def __call__(self, asked, mode):
+        ids, start = asked["input_ids"], asked.get("logprob_start_len", -1)
+        most = min(len(ids) - 1, start) if start >= 0 else len(ids) - 1
+        shared = [sum(itertools.takewhile(bool, (a == b for a, b in zip(ids, old, strict=False)))) for old in self.seen]
+        cached = min(most, max(shared, default=0)) // self.page * self.page if self.radix else 0
+        self.seen.append(ids)
+        count = asked["sampling_params"]["max_new_tokens"]
+        meta = {"id": "1", "finish_reason": {"type": "length", "length": count}, "prompt_tokens": len(ids)}
+        meta |= {"completion_tokens": count, "cached_tokens": cached}
+        if asked.get("return_logprob"):
+            logprob = {"nan": None, "impossible": -9999.0}.get(mode, -9.5 - self.cost * cached / max(start, 1))
+            shown = [1 if mode == "other-tokens" else i for i in ids[start:]]
+            # Nothing is known of the first one; the texts are asked for apart.
+            meta["input_token_logprobs"] = [[None if at == 0 else logprob, i, None] for at, i in enumerate(shown)]
+            meta["output_token_logprobs"] = [[-1.0, 5, None]] * count
+            if mode == "no-logprobs":
+                del meta["input_token_logprobs"]
+            if mode == "odd-logprobs":
+                meta["input_token_logprobs"] = [-1.0]
+        answer = {"text": "x" * count, "output_ids": [2000 + i for i in range(count)], "meta_info": meta}
+        if mode == "no-token-ids":
+            del answer["output_ids"]
+        return answer
+
+
 FAILURES = {
     "oom-loading": (
         1,
@@ -137,6 +176,7 @@ def main():
         port=arguments["port"],
         seats=arguments.get("max_running_requests", 2048),
         pages={os.environ.get("FAKE_SGLANG_INFO", "/server_info"): resolved(arguments)},
+        native=Native(arguments),
         last_words=f"{STAMP} Decode out of memory. Try to lower your batch size.",
     )
     serve(engine, mode, NOTE)
