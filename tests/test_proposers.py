@@ -55,6 +55,7 @@ class TestCmaes(ProposerContract):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 class TestGp(ProposerContract):
     trials = 10
 
