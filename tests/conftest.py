@@ -16,9 +16,32 @@ os.environ["TUNE_STATE"] = _STATE.name
 # OpenMP's threads spin while they wait; where tests share two cores, the spinning is all that happens.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Coverage in a child process costs as much as starting it twice more, and a child that is killed leaves half of a
+# file. So it is taken in the tests of what runs nowhere but in such processes, by file.
+MEASURED_CHILDREN = {
+    "test_evaluate.py",  # tuner/worker.py
+    "test_serving.py",  # tuner/supervise.py
+    "test_control.py",  # the watchdog of tuner/control.py
+}
+
 # No test depends on a clock; and a machine that only says yes or no should say the same each time.
 settings.register_profile("tune", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("tune")
+
+
+@pytest.fixture(autouse=True)
+def _coverage_of_children(request, monkeypatch):
+    if request.path.name not in MEASURED_CHILDREN:
+        monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+
+
+@pytest.fixture
+def untraced():
+    """Simulations and fits take three to four times longer under coverage, and run no line that no other test runs."""
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    yield
+    sys.settrace(tracer)
 
 
 @pytest.fixture

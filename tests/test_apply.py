@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from commands import in_a_process, typed
 from hypothesis import given
 from hypothesis import strategies as st
 from records import SPACE, trial
@@ -24,7 +25,6 @@ from tuner.space import Refused
 from tuner.trial import History, Service, Target
 
 ROOT = Path(__file__).parents[1]
-TUNE = [sys.executable, "-m", "tuner.cli"]
 
 NASTY = [
     *("plain", "two words", "", 'quo"te', "it's", "back\\slash", "100%n", "$HOME ${X} $(Y)", ";", "a;b", "#no"),
@@ -462,13 +462,13 @@ def recorded(tmp_path, runner, monkeypatch):
     return tmp_path
 
 
-def tune(*arguments):
-    return subprocess.run([*TUNE, "apply", *arguments], capture_output=True, text=True, timeout=60)
+def tune(*arguments, by=typed):
+    return by("apply", *arguments)
 
 
 def test_apply_prints_the_launch_and_writes_nothing(recorded):
     before = {p: p.stat().st_mtime_ns for p in recorded.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
-    done = tune("results/shown")
+    done = tune("results/shown", by=in_a_process)
     assert (done.returncode, done.stdout) == (0, "fake --parallel 8\n"), done.stderr
     assert "95 % CI" in done.stderr
     after = {p: p.stat().st_mtime_ns for p in recorded.rglob("*") if p.is_file() and "__pycache__" not in p.parts}

@@ -1,4 +1,4 @@
-"""The real command line, in processes of its own, with an engine that burns a few milliseconds."""
+"""The real command line, with an engine that burns a few milliseconds; in a process where a claim is about one."""
 
 import contextlib
 import csv
@@ -10,12 +10,13 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from commands import TUNE, in_a_process, settle_in
+from commands import typed as tune
 from fakes.providers import Provider, answer, failure
 
 from tuner.cli import _reached
@@ -23,30 +24,20 @@ from tuner.journal import NAME, End, read
 from tuner.study import Threshold
 
 ENGINE = Path(__file__).parent / "fakes" / "engine.py"
-TUNE = [sys.executable, "-m", "tuner.cli"]
 LOAD = ["--workload", str(ENGINE), "--windows", "2", "--window", "0.02s", "--prompts", "2", "--output-tokens", "2"]
 CALM = [*LOAD, "--warm-up", "0.01s..0.1s", "--most-others", "1"]
 """As users run it, but short, and beside whatever else runs on this machine."""
 QUICK = [*CALM, "--fast"]
-KEYS = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_BASE_URL", "TUNE_LLM")
 
 
 @pytest.fixture(autouse=True)
 def nowhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for key in KEYS:
-        monkeypatch.delenv(key, raising=False)
+    settle_in(tmp_path, monkeypatch)
 
 
-def tune(*arguments, **more):
-    return subprocess.run(
-        [*TUNE, *map(str, arguments)], capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL, **more
-    )
-
-
-def run(*arguments, trials=4, pairs=0, name="s", **more):
+def run(*arguments, trials=4, pairs=0, name="s", by=tune, **more):
     options = [*CALM, "--confirm-pairs", pairs] if pairs else QUICK
-    return tune("run", *options, "--batch", "--trials", trials, "--name", name, *arguments, **more)
+    return by("run", *options, "--batch", "--trials", trials, "--name", name, *arguments, **more)
 
 
 def study(name="s"):
@@ -61,7 +52,7 @@ def configs(name="s"):
 
 
 def test_a_batch_run_tunes_confirms_and_ends_with_what_was_shown():
-    done = run("--proposer", "rules", pairs=6)
+    done = run("--proposer", "rules", pairs=6, by=in_a_process)
     assert done.returncode == 0, done.stderr
     found = study()
     assert len(found.history) == 4
@@ -113,7 +104,7 @@ def test_an_engine_that_always_fails_ends_the_study_with_code_1_and_the_cause():
 
 
 def test_nothing_is_left_running_after_a_study():
-    run("--proposer", "random", "--size", "wild", "--range", "mode=ok,segv,kill", trials=5)
+    run("--proposer", "random", "--size", "wild", "--range", "mode=ok,segv,kill", trials=5, by=in_a_process)
     here = str(Path.cwd())
     left = [p for p in psutil.process_iter(["cmdline", "cwd"]) if p.info["cwd"] == here and p.pid != os.getpid()]
     assert not [p for p in left if "tuner.worker" in (p.info["cmdline"] or [])]
@@ -157,7 +148,8 @@ def test_a_chat_model_tunes_over_http_and_every_prompt_and_answer_is_kept(provid
 
 def test_a_key_is_nowhere_in_the_study_or_the_output():
     with Provider([failure(401, "bad key {authorization}")]) as server:
-        done = run("--llm", "openai:m", "--base-url", server.url, trials=2, env={**os.environ, "OPENAI_API_KEY": KEY})
+        keyed = {**os.environ, "OPENAI_API_KEY": KEY}
+        done = run("--llm", "openai:m", "--base-url", server.url, trials=2, env=keyed, by=in_a_process)
     assert done.returncode == 1
     everything = (
         done.stdout
@@ -226,7 +218,7 @@ def test_report_json_is_strict_json():
 
 
 def test_report_shows_a_table_with_every_trial_and_the_label():
-    run("--proposer", "sobol", trials=3, pairs=6)
+    run("--proposer", "sobol", "--repeats", "1", "--no-prune", trials=3, pairs=6)
     shown = tune("report", "results/s")
     assert shown.returncode == 0
     assert "estimated" in shown.stdout
@@ -251,14 +243,14 @@ def test_prompt_takes_another_template():
 
 
 def test_doctor_names_every_meter_and_how_to_mend_it():
-    shown = tune("doctor")
+    shown = in_a_process("doctor")
     assert shown.returncode == 0
     for word in ("nvml", "rapl", "estimate", "llama"):
         assert word in shown.stdout
 
 
 def test_version():
-    assert tune("--version").stdout.startswith("tune ")
+    assert in_a_process("--version").stdout.startswith("tune ")
 
 
 # --- what is wrong is one sentence, exit code 2, and nothing written ---
@@ -319,8 +311,17 @@ def test_what_cannot_be_done_is_refused_in_one_sentence_and_writes_nothing(argum
     assert not Path("results").exists()
 
 
+@pytest.mark.parametrize(("arguments", "sentence"), [REFUSED[0], REFUSED[-1]], ids=["run", "prompt"])
+def test_a_refusal_is_one_sentence_and_exit_code_2_of_a_real_process_too(arguments, sentence):
+    done = in_a_process(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("tune: ")
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_an_unknown_option_is_a_usage_error():
-    done = tune("run", "--nonsense")
+    done = in_a_process("run", "--nonsense")
     assert done.returncode == 2
     assert "--nonsense" in done.stderr
 
@@ -494,9 +495,7 @@ def test_a_full_disk_keeps_finished_trials_and_is_one_sentence():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
 
-    # What measures coverage writes files of its own, and would fail before tune does.
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
-    process = start("--proposer", "sobol", "--trials", 200, "--name", "s", preexec_fn=small_files, env=plain)
+    process = start("--proposer", "sobol", "--trials", 200, "--name", "s", preexec_fn=small_files)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "Traceback" not in errors

@@ -1,4 +1,4 @@
-"""`tune tables`, `tune compare` and `tune record` as a person types them, in processes of their own."""
+"""`tune tables`, `tune compare` and `tune record` as a person types them; in a process where a claim is about one."""
 
 import csv
 import io
@@ -15,6 +15,8 @@ from pathlib import Path
 import pexpect
 import psutil
 import pytest
+from commands import TUNE, in_a_process, settle_in
+from commands import typed as tune
 from fakes.providers import Provider, answer, failure
 
 from tuner.calls import read_calls
@@ -24,11 +26,9 @@ from tuner.journal import read
 from tuner.replay import Table
 
 ENGINE = Path(__file__).parent / "fakes" / "engine.py"
-TUNE = [sys.executable, "-m", "tuner.cli"]
 LOAD = ["--windows", "2", "--window", "0.02s", "--prompts", "2", "--output-tokens", "2"]
 QUICK = [*LOAD, "--warm-up", "0.01s..0.1s", "--most-others", "1"]
 LIVE = ["--workload", ENGINE, *QUICK]
-KEYS = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_BASE_URL", "TUNE_LLM")
 
 SMALL = "anl-1024-meta-llama-3-8b"
 LIMITED = "zeus-a40-squad-bert-base-uncased"
@@ -36,15 +36,7 @@ LIMITED = "zeus-a40-squad-bert-base-uncased"
 
 @pytest.fixture(autouse=True)
 def nowhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for key in KEYS:
-        monkeypatch.delenv(key, raising=False)
-
-
-def tune(*arguments, **more):
-    return subprocess.run(
-        [*TUNE, *map(str, arguments)], capture_output=True, text=True, timeout=180, stdin=subprocess.DEVNULL, **more
-    )
+    settle_in(tmp_path, monkeypatch)
 
 
 def compare(*arguments, name="c", **more):
@@ -76,7 +68,7 @@ def test_one_table_is_shown_with_its_parameters_and_without_its_energies():
 
 
 def test_an_unknown_table_is_one_sentence_and_exit_code_2():
-    done = tune("tables", "zeus-a40-squad-bert-base")
+    done = in_a_process("tables", "zeus-a40-squad-bert-base")
     assert (done.returncode, done.stdout) == (2, "")
     assert f"did you mean {LIMITED}?" in done.stderr
 
@@ -85,7 +77,8 @@ def test_an_unknown_table_is_one_sentence_and_exit_code_2():
 
 
 def test_a_comparison_says_who_needs_how_many_proposals_and_keeps_every_run():
-    done = compare("--table", f"{SMALL},{LIMITED}", "--methods", "rules,random", "--seeds", 6, "--trials", 8)
+    what = ["--table", f"{SMALL},{LIMITED}", "--methods", "rules,random", "--seeds", 6, "--trials", 8]
+    done = in_a_process("compare", *what, "--name", "c")
     assert done.returncode == 0, done.stderr
     assert len(runs()) == 24
     for words in (
@@ -131,7 +124,8 @@ def test_methods_can_be_compared_with_one_of_them_only():
 
 
 def test_a_file_on_standard_output_is_alone_there():
-    done = compare("--table", SMALL, "--methods", "random", "--seeds", 1, "--trials", 2, "--csv", "-")
+    what = ["--table", SMALL, "--methods", "random", "--seeds", 1, "--trials", 2]
+    done = in_a_process("compare", *what, "--csv", "-")
     assert done.returncode == 0
     assert len(list(csv.DictReader(io.StringIO(done.stdout)))) == 2
 

@@ -102,6 +102,7 @@ def test_a_pair_with_a_failed_side_does_not_count():
     assert saving([pair(0, 1.0, 0.5), pair(1, 1.0, None), pair(2, 1.0, 0.5)], HEADER).pairs == 2
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize(("count", "level"), [(6, 1 / 64), (7, 3 / 128), (8, 0.025)])
 def test_equal_configurations_are_called_a_saving_as_rarely_as_the_interval_says(count, level):
     """Half of what a two-sided 95 % interval leaves out. 1500 studies with 3 % spread; 3 sd above."""

@@ -701,6 +701,7 @@ def simulated(rng, problems, seeds, methods, budget=20):
     return described, runs
 
 
+@pytest.mark.usefixtures("untraced")
 def test_a_method_that_reads_the_optimum_is_told_apart_from_honest_ones():
     problems, runs = simulated(random.Random(1), 12, 20, {"random": 0, "other": 0, "cheat": 8})
     found = analyse(problems, runs, bootstrap=500)
@@ -712,6 +713,7 @@ def test_a_method_that_reads_the_optimum_is_told_apart_from_honest_ones():
     assert all(c.sentence.startswith("cheat needs") for c in over if "cheat" in (c.method, c.other))
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize(
     ("problems", "seeds"),
     [(1, 30), (3, 10), (12, 10)],
@@ -726,6 +728,7 @@ def test_random_search_under_another_name_cannot_be_told_apart(problems, seeds):
     assert apart / 200 <= 0.05
 
 
+@pytest.mark.usefixtures("untraced")
 def test_many_renamed_methods_are_all_alike():
     rng = random.Random(5)
     wrong = 0

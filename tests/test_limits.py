@@ -4,11 +4,12 @@ import csv
 import io
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import settle_in
+from commands import typed as tune
 from fakes.openai_server import Engine as Server
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +21,6 @@ from tuner.space import Refused
 from tuner.trial import Work
 
 ENGINE = Path(__file__).parent / "fakes" / "engine.py"
-TUNE = [sys.executable, "-m", "tuner.cli"]
 QUICK = ["--windows", "2", "--window", "0.02s", "--prompts", "2", "--output-tokens", "2", "--warm-up", "0.01s..0.1s"]
 RUN = [
     "run",
@@ -37,19 +37,13 @@ RUN = [
 ]
 
 
-def tune(*arguments):
-    return subprocess.run(
-        [*TUNE, *map(str, arguments)], capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
-    )
-
-
 def run(*arguments, name="s", folder="results"):
     return tune(*RUN, "--repeats", "1", "--name", name, "--results", folder, *arguments)
 
 
 @pytest.fixture(autouse=True)
 def nowhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    settle_in(tmp_path, monkeypatch)
 
 
 # --- the grammar ---

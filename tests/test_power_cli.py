@@ -1,4 +1,4 @@
-"""Power and clock as knobs on the real command line, over a fake driver that keeps its settings in a file."""
+"""Power and clock as knobs on the command line, over a fake driver that keeps its settings in a file."""
 
 import signal
 import subprocess
@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
-from test_cli import CALM, KEYS, TUNE, study, tune
-from test_control import gpus, running, unmeasured  # noqa: F401 - a fixture is used by its name
+from commands import TUNE, settle_in
+from commands import typed as tune
+from test_cli import CALM, study
+from test_control import gpus, running  # noqa: F401 - a fixture is used by its name
 
 NO_PERMISSION = 4
 ON_GPU = [*CALM, "--fast", "--meter", "nvml", "--batch", "--proposer", "random", "--name", "s", "--cool-down", "0"]
@@ -16,9 +18,7 @@ ALLOWED = [*ON_GPU, "--allow-power-control", "--range", "cost=1..8"]
 
 @pytest.fixture(autouse=True)
 def gpu(gpus, tmp_path, monkeypatch):  # noqa: F811 - the imported fixture
-    monkeypatch.chdir(tmp_path)
-    for key in KEYS:
-        monkeypatch.delenv(key, raising=False)
+    settle_in(tmp_path, monkeypatch)
     return gpus.add()
 
 
@@ -54,7 +54,6 @@ def test_limits_come_back_when_the_tuner_is_killed(gpu):
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=unmeasured(),
     )
     deadline = time.monotonic() + 60
     while gpu.settings()[0] == 300.25 and time.monotonic() < deadline:

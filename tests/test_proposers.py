@@ -261,6 +261,7 @@ def bowl(config: Mapping[str, Value]) -> float:
     return math.exp(4 * (config["x"] - 0.2) ** 2 + 4 * (config["y"] - 0.7) ** 2)
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("name", ["tpe", "cmaes"])
 def test_a_sampler_learns_where_energy_is_low(name):
     def typical(proposer: str, seed: int) -> float:
@@ -272,6 +273,7 @@ def test_a_sampler_learns_where_energy_is_low(name):
     assert learned < 0.5 * drawn
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("name", ["tpe", "cmaes"])
 def test_a_sampler_keeps_away_from_where_trials_fail(name):
     def failing(config: Mapping[str, Value]) -> float | None:
@@ -585,6 +587,7 @@ def nameless() -> Landscape:
     return space, make
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("landscape", [llama_cpu, gpu_server, nameless])
 def test_rules_come_within_five_percent_of_the_best_sooner_than_chance(landscape):
     space, make = landscape()

@@ -48,6 +48,7 @@ def test_the_machine_warms_up_by_what_the_conditions_say_and_slowly():
     assert seen[-1] == pytest.approx(0.03, rel=0.01)
 
 
+@pytest.mark.usefixtures("untraced")
 def test_the_wander_keeps_its_size_and_forgets_where_it_was():
     here = Conditions(sigma=0.0, warm_up=0.0, wander=0.01, wander_seconds=300, launch_seconds=30, disturbed=0.0)
     seen = logs(Machine(here, 2), 20_000)
@@ -136,6 +137,7 @@ def test_a_claim_is_told_from_what_claims_nothing(sentence, claims):
     assert bool(referee.CLAIM.search(sentence)) is claims
 
 
+@pytest.mark.usefixtures("untraced")
 def test_without_an_effect_savings_are_claimed_rarely():
     """12 studies of `rules`; with 5 % claims, 4 or more of them would come up once in 440 times."""
     found = [referee.study(case("rules", seed, Conditions())) for seed in range(12)]
@@ -143,11 +145,13 @@ def test_without_an_effect_savings_are_claimed_rarely():
     assert all(f["claims"] == f["shown"] for f in found)
 
 
+@pytest.mark.usefixtures("untraced")
 def test_a_planted_effect_is_mostly_confirmed():
     found = [referee.study(case("rules", seed, Conditions(), effect=0.05)) for seed in range(8)]
     assert sum(f["claims"] for f in found) >= 5
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.slow
 @pytest.mark.parametrize("method", referee.METHODS)
 def test_without_an_effect_at_most_one_study_of_twenty_claims_a_saving(method):
@@ -160,6 +164,7 @@ def test_without_an_effect_at_most_one_study_of_twenty_claims_a_saving(method):
 # --- intervals and order ---
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("cv", [0.01, 0.05])
 @pytest.mark.parametrize("pairs", [6, 8])
 def test_the_interval_of_a_confirmation_holds_the_truth_in_93_to_97_percent(cv, pairs):
@@ -168,6 +173,7 @@ def test_the_interval_of_a_confirmation_holds_the_truth_in_93_to_97_percent(cv, 
     assert 0.93 - 0.019 < held < 0.97 + 0.019
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("calibrated", [True, False])
 @pytest.mark.parametrize("cv", [0.01, 0.05])
 def test_the_interval_of_a_trial_named_beforehand_holds_the_truth_in_93_to_97_percent(cv, calibrated):
@@ -177,6 +183,7 @@ def test_the_interval_of_a_trial_named_beforehand_holds_the_truth_in_93_to_97_pe
     assert 0.93 - 0.035 < held < 0.97 + 0.035
 
 
+@pytest.mark.usefixtures("untraced")
 def test_abba_is_fooled_by_a_warm_machine_less_often_than_blocks_are():
     warm = replace(still(0.01), warm_up=0.03, warm_up_seconds=160.0)
     fooled = {order: sum(referee.differs(warm, order, seed) for seed in range(150)) for order in ("A..AB..B", "ABBA")}

@@ -1,24 +1,25 @@
-"""Repeats, confirmation, calibration and money on the real command line, with an engine that burns milliseconds."""
+"""Repeats, confirmation, calibration and money on the command line, with an engine that burns milliseconds."""
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from test_cli import CALM, KEYS, TUNE, run, study, tune
+from commands import TUNE, settle_in
+from commands import typed as tune
+from test_cli import CALM, run, study
 
 from tuner.journal import NAME
 
 
 @pytest.fixture(autouse=True)
 def nowhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    settle_in(tmp_path, monkeypatch)
     monkeypatch.setenv("TUNE_STATE", str(tmp_path / "state"))
-    for key in KEYS:
-        monkeypatch.delenv(key, raising=False)
 
 
 # --- the search ---
@@ -76,10 +77,37 @@ def test_fast_mode_claims_nothing_and_says_what_does():
 
 # --- tune confirm ---
 
+CONFIRM = ["confirm", "results/s", "--pairs", 6, "--no-prune"]
 
-def test_a_fast_study_is_confirmed_with_longer_windows():
-    run("--proposer", "rules")
-    done = tune("confirm", "results/s", "--pairs", 6, "--no-prune")
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory):
+    """The folder of a fast study that was made once."""
+    folder = tmp_path_factory.mktemp("ranked")
+    with pytest.MonkeyPatch.context() as patch:
+        settle_in(folder, patch)
+        assert run("--proposer", "rules").returncode == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def confirmed(ranked, tmp_path_factory):
+    """The same study with its confirmation, the study as it was before, and what `tune confirm` said."""
+    folder = shutil.copytree(ranked, tmp_path_factory.mktemp("confirmed"), dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        settle_in(folder, patch)
+        before = study()
+        return folder, before, tune(*CONFIRM)
+
+
+def copied(folder):
+    """A copy of those results in the current folder."""
+    shutil.copytree(folder / "results", "results")
+
+
+def test_a_fast_study_is_confirmed_with_longer_windows(confirmed):
+    folder, _, done = confirmed
+    copied(folder)
     assert done.returncode == 0, done.stderr
     found = study()
     assert len(found.pairs) == 6
@@ -88,28 +116,24 @@ def test_a_fast_study_is_confirmed_with_longer_windows():
     assert tune("report", "results/s").stdout.rstrip().endswith(done.stdout.rstrip().splitlines()[-1])
 
 
-def test_a_confirmation_says_what_it_will_do_before_it_begins():
-    run("--proposer", "rules")
-    best = study().history.best
-    done = tune("confirm", "results/s", "--pairs", 6, "--no-prune")
+def test_a_confirmation_says_what_it_will_do_before_it_begins(confirmed):
+    _, before, done = confirmed
     first = next(line for line in done.stderr.splitlines() if "against the default" in line)
-    assert first.startswith(f"trial {best.number} (")
+    assert first.startswith(f"trial {before.history.best.number} (")
     assert ") against the default, 6 pairs, about " in first
 
 
-def test_a_confirmation_leaves_the_settings_of_the_study_alone():
-    run("--proposer", "rules")
-    before = study()
-    assert tune("confirm", "results/s", "--pairs", 6, "--no-prune").returncode in (0, 3)
+def test_a_confirmation_leaves_the_settings_of_the_study_alone(confirmed):
+    folder, before, done = confirmed
+    copied(folder)
+    assert done.returncode in (0, 3)
     assert study().header == before.header
     assert b'"kind":"changes"' not in (Path("results/s") / NAME).read_bytes()
 
 
-def test_a_confirmation_that_was_interrupted_goes_on():
-    run("--proposer", "rules")
-    process = subprocess.Popen(
-        [*TUNE, "confirm", "results/s", "--pairs", "6", "--no-prune"], stderr=subprocess.PIPE, text=True
-    )
+def test_a_confirmation_that_was_interrupted_goes_on(ranked):
+    copied(ranked)
+    process = subprocess.Popen([*TUNE, *map(str, CONFIRM)], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not study().pairs and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -119,14 +143,13 @@ def test_a_confirmation_that_was_interrupted_goes_on():
     assert "tune confirm results/s" in said
     begun = len(study().pairs)
     assert 1 <= begun < 6
-    assert tune("confirm", "results/s", "--pairs", 6, "--no-prune").returncode in (0, 3)
+    assert tune(*CONFIRM).returncode in (0, 3)
     assert [p.number for p in study().pairs] == list(range(6))
 
 
-def test_a_confirmation_that_is_complete_is_not_measured_again():
-    run("--proposer", "rules")
-    tune("confirm", "results/s", "--pairs", 6, "--no-prune")
-    again = tune("confirm", "results/s", "--pairs", 6, "--no-prune")
+def test_a_confirmation_that_is_complete_is_not_measured_again(confirmed):
+    copied(confirmed[0])
+    again = tune(*CONFIRM)
     assert len(study().pairs) == 6
     assert "are in the journal and nothing is measured" in again.stderr
 
@@ -138,8 +161,8 @@ def test_where_the_default_is_the_best_there_is_nothing_to_confirm():
     assert "nothing to confirm" in done.stderr
 
 
-def test_a_confirmation_on_another_engine_is_refused():
-    run("--proposer", "rules")
+def test_a_confirmation_on_another_engine_is_refused(ranked):
+    copied(ranked)
     done = tune("confirm", "results/s", env={**os.environ, "FAKE_ENGINE_VERSION": "2"})
     assert done.returncode == 2
     assert "engine_version" in done.stderr
@@ -179,8 +202,8 @@ def test_an_engine_that_cannot_be_measured_cannot_be_calibrated():
 # --- money ---
 
 
-def test_a_report_says_what_energy_costs_where_a_price_is_given():
-    run("--proposer", "rules")
+def test_a_report_says_what_energy_costs_where_a_price_is_given(ranked):
+    copied(ranked)
     plain = tune("report", "results/s").stdout
     assert "EUR" not in plain
     assert "kWh" in plain

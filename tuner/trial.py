@@ -2,7 +2,8 @@
 
 A study is an append-only list of trials and of a person's decisions; a proposer is a function of
 that list; nothing else has memory. All records are frozen. A failed trial is a row with a reason:
-it has no energy, never an energy of 0, NaN or infinity.
+it has no energy, never an energy of 0, NaN or infinity. What follows from a record and is asked for
+again and again is worked out once (`cached_property`): a study asks for each energy thousands of times.
 
 Units: seconds are differences of a monotonic clock; joules everywhere but inside a meter, whose
 counters are integers of microjoules.
@@ -15,6 +16,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -372,7 +374,7 @@ class Measurement:
     def joules(self) -> float:
         return sum(e.joules for e in self.energy.values())
 
-    @property
+    @cached_property
     def joules_per_unit(self) -> float | None:
         """Total joules per output unit, or None for a window that does not count."""
         return self.joules / self.work.units if self.valid and self.energy and self.work.units else None
@@ -487,7 +489,7 @@ class Trial:
     repeats: tuple[Trial, ...] = ()
     """Further launches of this configuration, also those that failed."""
 
-    @property
+    @cached_property
     def valid(self) -> tuple[Measurement, ...]:
         """The windows of this launch that count."""
         return tuple(m for m in self.measurements if m.joules_per_unit is not None)
@@ -497,7 +499,7 @@ class Trial:
         """Of this launch alone: sum of joules over sum of units of the valid windows; None when it failed."""
         return None if self.error is not None else self.shown_joules_per_unit
 
-    @property
+    @cached_property
     def shown_joules_per_unit(self) -> float | None:
         """The same of a launch that breaks a limit too: to be shown beside its reason, never to be the best."""
         if (self.error is not None and not self.over_limit) or not self.valid:
@@ -511,7 +513,7 @@ class Trial:
             return ()
         return (self, *(r for r in self.repeats if r.launch_joules_per_unit is not None))
 
-    @property
+    @cached_property
     def joules_per_unit(self) -> float | None:
         """Geometric mean over the launches; None when the trial failed."""
         return _geometric_mean([t.launch_joules_per_unit for t in self.launches])

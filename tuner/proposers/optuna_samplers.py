@@ -13,9 +13,11 @@ space are not told.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import math
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -46,6 +48,10 @@ class OptunaSampler:
 
     def propose(self, space: SearchSpace, history: History) -> Proposal | None:
         """The sampler's suggestion; a random one, visibly, where all it suggests is spent or illegal."""
+        with _one_thread() if self._name == "gp" else contextlib.nullcontext():
+            return self._propose(space, history)
+
+    def _propose(self, space: SearchSpace, history: History) -> Proposal | None:
         untried = Untried.of(space, history)
         if not space.free:
             return instead_of(self.name, "nothing is free to tune", space, history, self.seed)
@@ -100,6 +106,18 @@ class OptunaSampler:
         if told < startup:
             return f"a random start: {self.name} has seen {told} of the {startup} trials that it needs"
         return f"suggested by {self.name} after {told} trials"
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices of a dozen rows: threads that wait for each other make a suggestion take up to eight times as long."""
+    torch: Any = importlib.import_module("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _told(space: SearchSpace, history: History) -> list[tuple[Config, float]]:
