@@ -1,5 +1,6 @@
 """`tune tables`, `tune compare` and `tune record` as a person types them; in a process where a claim is about one."""
 
+import contextlib
 import csv
 import io
 import json
@@ -164,10 +165,21 @@ def wait_for(condition, seconds=60):
         time.sleep(0.02)
 
 
+MANY = ["--table", f"{SMALL},{LIMITED}", "--methods", "tpe,random", "--seeds", "20", "--trials", "15"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The runs of a comparison that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    with contextlib.chdir(folder):
+        assert compare(*MANY, name="whole").returncode == 0
+        return runs("whole")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_comparison_that_is_stopped_goes_on_to_the_runs_of_the_uninterrupted_one(number):
-    what = ["--table", f"{SMALL},{LIMITED}", "--methods", "tpe,random", "--seeds", "20", "--trials", "15"]
-    process = started("compare", *what, "--name", "part")
+def test_a_comparison_that_is_stopped_goes_on_to_the_runs_of_the_uninterrupted_one(number, uninterrupted):
+    process = started("compare", *MANY, "--name", "part")
     written = Path("results/compare-part/runs.jsonl")
     wait_for(lambda: written.exists() and written.stat().st_size)
     children = psutil.Process(process.pid).children(recursive=True)
@@ -182,9 +194,8 @@ def test_a_comparison_that_is_stopped_goes_on_to_the_runs_of_the_uninterrupted_o
     before = runs("part")
     assert 0 < len(before) < 80
     assert tune("compare", "--resume", "results/compare-part").returncode == 0
-    assert compare(*what, name="whole").returncode == 0
-    assert runs("part") == runs("whole")
-    assert before.items() <= runs("whole").items()
+    assert runs("part") == uninterrupted
+    assert before.items() <= uninterrupted.items()
 
 
 def test_a_finished_comparison_is_shown_again_without_running_anything():

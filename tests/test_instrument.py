@@ -29,6 +29,8 @@ GRIDS = ["zeus-v100-cifar100-shufflenetv2", "zeus-a40-squad-bert-base-uncased", 
 BUDGET = 20
 SIGMAS = 4
 
+pytestmark = pytest.mark.usefixtures("untraced")
+
 
 @cache
 def table(name):
