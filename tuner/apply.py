@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from tuner.assemble import asked
+from tuner.assemble import asked, client_of, launch_text
 from tuner.confirm import concluded, shortened, shown_by
 from tuner.control import commands, split
 from tuner.export import write
@@ -117,10 +117,11 @@ def launch_of(study: Study, chosen: Chosen, say: Say) -> Launch:
     if not shipped(path):
         say(f"running the code of {path}")
     runner = load_runner(path)
-    here = asked(path, "identity", lambda: runner.identity(header.target))
+    engine, settings = split(chosen.config)
+    client = client_of(path, runner, engine, study)
+    here = asked(path, "identity", lambda: runner.identity(header.target)) if client is None else study.identity
     if changed := differences(study.identity, here, sorted({*study.identity, *here})):
         say(f"tuned with another engine or model than there is now: {'; '.join(changed)}")
-    engine, settings = split(chosen.config)
     ran = " ".join(filter(None, (here.get("engine"), here.get("engine_version"))))
     usual = {str(row["name"]): row["default"] for row in study.space}
     boards = [board for key, board in study.machine.items() if re.fullmatch(r"gpu\d+", key)]
@@ -135,10 +136,10 @@ def launch_of(study: Study, chosen: Chosen, say: Say) -> Launch:
             f"changes from the default: {changes or 'none'}",
             chosen.said,
         ),
-        command=asked(path, "command", lambda: runner.command(engine, header.target)),
+        command=launch_text(path, runner, engine, study),
         settings=tuple(commands(tuned, uuids)),
         gpus=len(boards),
-        service=_service(path, runner, engine, header.target),
+        service=_service(path, runner, engine, header.target) if client is None else client,
     )
 
 
@@ -224,7 +225,7 @@ def _systemd(launch: Launch) -> str:
     words = [systemd_word(program, command=False), *map(systemd_word, service.argv[1:])]
     lines = [
         "[Unit]",
-        f"Description={_line(launch.name)}: {_line(service.argv[0])} as tune found it",
+        f"Description={_line(launch.name)}: the setting that tune found",
         "After=network-online.target",
         "Wants=network-online.target",
         "",
