@@ -352,7 +352,7 @@ def client(config: Config, target: Target, said: Mapping[str, Value]) -> Service
         "send = build_opener(ProxyHandler({})).open",
         f"ask = lambda prompt: json.load(send(Request(url, data(prompt), headers)))['choices'][0]{text}",
         f"in_flight = ThreadPoolExecutor({int(config.get('concurrency', target.prompts))})",
-        "[print(answer, flush=True) for answer in in_flight.map(ask, filter(str.strip, sys.stdin))]",
+        "[print(answer, flush=True) for answer in in_flight.map(ask, filter(None, map(str.strip, sys.stdin)))]",
     ]
     head = f'"""Sends each line of standard input as a prompt to {url}."""'
     return Service(

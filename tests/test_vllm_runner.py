@@ -806,6 +806,33 @@ def test_vllm_itself_runs_the_load_and_reads_back_what_it_was_told(vllm, log):
     assert all(len(w.itl_seconds) == 4 * 7 for w in works)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(REAL is None, reason="TUNE_VLLM names no vLLM: no printed command was typed for it")
+def test_the_printed_command_starts_vllm_itself_as_it_was_measured(vllm, log, tmp_path):
+    """Also where one request of the model's whole context would not fit the cache."""
+    folder = tmp_path / "m"
+    shutil.copytree(hugging_face.read(LOAD).folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1_000_000}))
+    target = replace(LOAD, model=str(folder), dummy_weights=True)
+    tuned = {"compilation": "eager", "max_num_seqs": 2, "stream_interval": 2, "enable_prefix_caching": False}
+    config = vllm.space(target).complete({**tuned, "omp_threads": 1})
+    with vllm.launch(config, target) as engine:
+        effective = dict(engine.effective)
+    port = free_port()
+    command = vllm.command(config, target).replace("--port 8000", f"--port {port}")
+    with typed_at_a_shell(command, port, tmp_path / "printed", seconds=600) as endpoint:
+        said = vllm.read_back((tmp_path / "printed").read_text(), vllm._metrics(endpoint), config)
+        (model,) = endpoint.ask(f"{endpoint.prefix}/models")["data"]
+        answer = endpoint.ask(
+            f"{endpoint.prefix}/completions", {"model": model["id"], "prompt": [600, 601], "max_tokens": 3}
+        )
+    assert effective == {"concurrency": config["concurrency"], **said}
+    assert tuned.items() <= said.items()
+    assert 32 < model["max_model_len"] < 1_000_000
+    assert answer["usage"]["completion_tokens"] == 3
+
+
 def trained_folder(vllm, folder):
     """A small Llama with weights of its own, as a trained one has them, and a tokenizer that knows the fixed text."""
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
