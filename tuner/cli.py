@@ -118,7 +118,8 @@ EngineArg = Annotated[
     list[str] | None,
     typer.Option(
         metavar="WORD",
-        help="Further argument of the engine, the same for every trial. Repeatable.",
+        help="Further argument of the engine, the same for every trial. The flag of a parameter takes it out of the space"
+        " (`--pin` holds it there); what tune sets itself is refused. Repeatable.",
         rich_help_panel=LOAD,
     ),
 ]
