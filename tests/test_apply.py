@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import SPACE, trial
 
-from tuner.apply import FORMS, Chosen, Launch, choose, launch_of, render, save, systemd_word, yaml, yaml_text
+from tuner.apply import FORMS, Chosen, Launch, choose, launch_of, not_here, render, save, systemd_word, yaml, yaml_text
 from tuner.control import CLOCK, POWER
 from tuner.journal import Header, Journal, Pair, Study
 from tuner.serving import free_port
@@ -451,6 +451,17 @@ def test_a_client_is_printed_from_the_journal_alone(tmp_path):
 def test_a_study_of_any_name_makes_a_service_of_a_legal_name(runner, name, label):
     found = with_runner(study(SAVES), runner, name=name)
     assert launch_of(found, choose(found, unconfirmed=False), lambda _: None).name == label
+
+
+def test_a_program_that_is_not_here_is_said_for_the_forms_that_start_it():
+    lacking = launch(replace(SERVICE, argv=("no-such-engine", "serve")))
+    said = '"no-such-engine" is not found on this machine: install it first; --as python does without'
+    assert {form: not_here(form, lacking) for form in FORMS if not_here(form, lacking)} == {
+        "command": said,
+        "systemd": said,
+    }
+    assert not_here("systemd", launch()) is None
+    assert not_here("command", launch(Service())) is None
 
 
 # --- files

@@ -173,6 +173,17 @@ def render(form: str, launch: Launch) -> str:
     return text
 
 
+def not_here(form: str, launch: Launch) -> str | None:
+    """The program that a form starts, where this machine has none of that name; None where it has."""
+    service = launch.service
+    if form not in ("command", "systemd") or not service.argv:
+        return None
+    if shutil.which(_program(service.argv[0], service.folder)):
+        return None
+    either = "; --as python does without" if service.python else ""
+    return f"{excerpt(service.argv[0])} is not found on this machine: install it first{either}"
+
+
 def save(text: str, destination: Path, *, force: bool) -> None:
     """Write the text to a file. Raises `Refused` where one is there already and `force` is not given."""
     path = destination.expanduser()
