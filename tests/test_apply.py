@@ -392,6 +392,16 @@ def test_a_launch_names_engine_changes_and_what_was_shown(runner):
     assert said == [f"running the code of {runner}"]
 
 
+@pytest.mark.parametrize(("value", "told"), [(3, True), (8, False)])
+def test_what_the_client_has_to_do_is_said_beside_the_servers_launch(runner, value, told):
+    own = {"name": "concurrency", "default": 8, "scope": "request"}
+    found = with_runner(study(SAVES), runner, space=(own, *SPACE.record()))
+    said = []
+    made = launch_of(found, Chosen({**SPACE.default(), "concurrency": value}, True, ""), said.append)
+    sentence = "concurrency is the client's part: keep 3 requests in flight at a time"
+    assert (sentence in said) == (sentence in made.about) == told
+
+
 def test_another_engine_than_was_tuned_is_said(runner):
     said = []
     found = with_runner(study(SAVES), runner, identity={**IDENTITY, "engine_version": "1"})

@@ -30,7 +30,7 @@ from tuner.export import write
 from tuner.files import find, load_runner, shipped
 from tuner.journal import Study
 from tuner.machine import differences
-from tuner.space import Config, Refused, closest, excerpt
+from tuner.space import Config, Refused, closest, excerpt, show
 from tuner.summary import changes_text, clean
 from tuner.trial import Runner, Service, Target
 
@@ -128,12 +128,15 @@ def launch_of(study: Study, chosen: Chosen, say: Say) -> Launch:
     uuids = [match[1] for board in boards if (match := re.search(r"\(([\w-]+)\)$", board))]
     tuned = {name: value for name, value in settings.items() if value != usual.get(name)}
     changes = changes_text(chosen.config, usual, [n for n in chosen.config if chosen.config[n] != usual.get(n)])  # type: ignore[arg-type]  # a record's defaults are values
+    if part := "" if client else _clients_part(study, engine):
+        say(part)
     return Launch(
         name=_name(header.name),
         about=(
             f"made by `tune apply` from the study {header.name}",
             f"engine: {ran}, model: {here.get('model', '')}",
             f"changes from the default: {changes or 'none'}",
+            part,
             chosen.said,
         ),
         command=launch_text(path, runner, engine, study),
@@ -146,6 +149,14 @@ def launch_of(study: Study, chosen: Chosen, say: Say) -> Launch:
 def _service(path: Path, runner: Runner, config: Config, target: Target) -> Service:
     of = getattr(runner, "service", None)
     return asked(path, "service", lambda: of(config, target)) if of else Service()
+
+
+def _clients_part(study: Study, config: Config) -> str:
+    """What a changed `concurrency` asks of whoever sends the requests; empty where nothing."""
+    own = {row["name"]: row["default"] for row in study.space if row.get("scope") == "request"}
+    if config.get("concurrency", own.get("concurrency")) == own.get("concurrency"):
+        return ""
+    return f"concurrency is the client's part: keep {show(config['concurrency'])} requests in flight at a time"
 
 
 def _name(text: str) -> str:
