@@ -1138,11 +1138,8 @@ def command(config: Config, target: Target) -> str:
     """The command of the file with `config`, in its folder and with its variables; a server has its usual port."""
     spec = spec_of(target)
     values = _values(spec, config, target, spec.service.get("port", SERVICE_PORT))
-    env = [f"{name}={value}" for name, value in _env(spec.command, values).items()]
-    folder = ["-C", str(spec.command.folder)] if spec.command.folder != Path.cwd() else []
-    before = ["env", *folder, *env] if folder or env else []
-    # A line break in a word is legal and would make two lines of one command.
-    return shlex.join([*before, *_argv(spec, spec.command.argv, values)]).replace("\n", "'$'\\n''")
+    folder = None if spec.command.folder == Path.cwd() else str(spec.command.folder)
+    return Service(argv=_argv(spec, spec.command.argv, values), env=_env(spec.command, values), folder=folder).command()
 
 
 def service(config: Config, target: Target) -> Service:

@@ -1150,7 +1150,7 @@ def _code(config: Config, target: Target) -> str:
 
 def command(config: Config, target: Target) -> str:
     """A line of Python that loads the pipeline with `config` and makes one batch of images."""
-    return shlex.join(["python", "-c", _code(config, target)])
+    return shlex.join([sys.executable, "-c", _code(config, target)])
 
 
 def service(config: Config, target: Target) -> Service:
@@ -1176,7 +1176,7 @@ def service(config: Config, target: Target) -> Service:
         "        made += 1",
     ]
     return Service(
-        argv=("python", "-c", _code(config, target)),
+        argv=(sys.executable, "-c", _code(config, target)),
         paths=() if known.folder is None else (str(known.folder),),
         gpus=config.get("device", "cpu") == "cuda",
         python="\n".join(lines) + "\n",

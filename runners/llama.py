@@ -30,7 +30,6 @@ import os
 import random
 import re
 import secrets
-import shlex
 import signal
 import stat
 import subprocess
@@ -38,17 +37,35 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuner.installed import library
+from tuner.installed import Program, library
 from tuner.models import gguf
 from tuner.quality import TEXT, TOKENS, Passage, drawn, judge, of_text
 from tuner.serving import Endpoint, cut
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, powers_of_two
 from tuner.trial import Service, Target, Work, refuse_empty_load, refuse_long_load
+
+ENVIRONMENT: Mapping[str, str] = {
+    # On a failed assertion ggml would start a debugger on itself.
+    "GGML_NO_BACKTRACE": "1",
+}
+
+SERVER = Program(
+    name="llama-server",
+    title="llama-server",
+    variable="TUNE_LLAMA_SERVER",
+    install="build it or download a release of the llama.cpp project, and put it on the PATH or set "
+    "TUNE_LLAMA_SERVER=/path/to/llama-server",
+    expected="the llama-server executable",
+    environment=ENVIRONMENT,
+    # A build with a GPU opens its driver first.
+    ask_seconds=120.0,
+)
+"""The same engine as its project builds it: the command of this workload, the engine of `llama-server`."""
 
 
 def describe(target: Target) -> str:
@@ -106,7 +123,7 @@ def _build() -> _Build:
     """Ask the engine in a child process: there, a GPU context ends with it and a crash is a sentence."""
     if importlib.util.find_spec("xllamacpp") is None:
         _version()
-    environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+    environment = {**os.environ, **ENVIRONMENT}
     child = subprocess.run(
         [sys.executable, "-c", _PROBE], capture_output=True, text=True, env=environment, timeout=120, check=False
     )
@@ -346,7 +363,7 @@ def launch(config: Config, target: Target) -> Iterator[LlamaServer]:
     xllamacpp = library("xllamacpp", workload="llama", install=gguf.INSTALL)
     model = gguf.read(target, str(config.get("weights", gguf.DEFAULT_WEIGHTS)))
     # On a failed assertion ggml starts a debugger on this very process and prints to standard output.
-    os.environ["GGML_NO_BACKTRACE"] = "1"
+    os.environ.update(ENVIRONMENT)
     requests = _requests(target, model.tokens)
     parameters = _parameters(xllamacpp, config, target, model)
     log = _Log()
@@ -656,9 +673,15 @@ def command(config: Config, target: Target) -> str:
     Flags: tools/server/README.md of ggml-org/llama.cpp at 00dc8057ab. The conditions of the
     measurement (no prompt cache, fixed output length) are not part of it.
     """
-    model = gguf.read(target, str(config.get("weights", gguf.DEFAULT_WEIGHTS)))
-    default = space(target).default()
-    words = ["llama-server", "-m", str(model.path), "-c", str(context(config, target)), "--fit", "off"]
+    return service(config, target).command()
+
+
+def _command(config: Config, target: Target, model: gguf.Model) -> list[str]:
+    default, program = space(target).default(), "llama-server"
+    # A variable that names something else is no reason not to say what was found.
+    with suppress(Refused):
+        program = SERVER.find() or program
+    words = [program, "-m", str(model.path), "-c", str(context(config, target)), "--fit", "off"]
 
     def changed(name: str) -> bool:
         return name in config and config[name] != default.get(name)
@@ -689,7 +712,7 @@ def command(config: Config, target: Target) -> str:
         words += ["-ctv", str(config["cache_type_v"])]
     if changed("mmap"):
         words += ["--load-mode", "none"]
-    return shlex.join(words)
+    return words
 
 
 SERVICE_PORT = 8080
@@ -705,7 +728,7 @@ def service(config: Config, target: Target) -> Service:
     The Python form is the engine that was measured, `xllamacpp`; the others are the same server built by its project.
     """
     model = gguf.read(target, str(config.get("weights", gguf.DEFAULT_WEIGHTS)))
-    words = shlex.split(command(config, target))
+    words = _command(config, target, model)
     gpus = bool(config.get("gpu_layers", 0))
     listen = ("--port", str(SERVICE_PORT), "--host")
     return Service(

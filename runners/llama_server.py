@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuner.installed import Program, memory_bytes
+from tuner.installed import Program, given_flags, memory_bytes, names_of, refuse_reserved
 from tuner.models import gguf
 from tuner.quality import TOKENS, Passage
 from tuner.serving import (
@@ -61,22 +61,9 @@ MIB = 2**20
 LOG_LEVEL = "4"
 """What the engine runs with stands in its log from here on; during a pass it is a dozen lines a request."""
 
-ENVIRONMENT: Mapping[str, str] = {
-    # On a failed assertion ggml would start a debugger on itself.
-    "GGML_NO_BACKTRACE": "1",
-}
+ENVIRONMENT: Mapping[str, str] = _llama.ENVIRONMENT
 
-PROGRAM = Program(
-    name="llama-server",
-    title="llama-server",
-    variable="TUNE_LLAMA_SERVER",
-    install="build it or download a release of the llama.cpp project, and put it on the PATH or set "
-    "TUNE_LLAMA_SERVER=/path/to/llama-server",
-    expected="the llama-server executable",
-    environment=ENVIRONMENT,
-    # A build with a GPU opens its driver first.
-    ask_seconds=120.0,
-)
+PROGRAM: Program = _llama.SERVER
 
 
 @dataclass(frozen=True)
@@ -100,11 +87,6 @@ class _Build:
     """The thread count that it chooses by itself."""
     openmp: bool
     """Whether OpenMP's threads compute: they do not heed `--poll`."""
-
-    def names(self, flag: str) -> frozenset[str]:
-        """All names of a flag; empty where there is none."""
-        entry = self.flags.get(flag)
-        return frozenset(name for name, text in self.flags.items() if text is entry) if entry else frozenset()
 
 
 def _build() -> _Build:
@@ -206,6 +188,21 @@ FLAGS: Mapping[str, str] = {
 }
 """The flag behind each parameter of the engine."""
 
+ALSO: Mapping[str, str] = {"mmap": "--no-mmap"}
+"""A further flag that decides a parameter."""
+
+_ITSELF = "tune sets it itself"
+_MODEL = "tune names the model itself, by its own --model"
+RESERVED: Mapping[str, str] = {
+    "--port": "tune chooses the port itself",
+    "--host": "tune chooses the host itself",
+    **dict.fromkeys(("--model", "--model-url", "--hf-repo", "--docker-repo"), _MODEL),
+    "--ctx-size": "tune sets it to what the load needs",
+    **dict.fromkeys(("--fit", "--log-verbosity", "--cache-ram", "--offline", "--no-slots", "--no-ui"), _ITSELF),
+    "--no-webui": _ITSELF,
+}
+"""Flags that every launch has (`_fixed_words`) or that name a model, and why nobody else may give them."""
+
 CACHE_TYPES = ("f16", "q8_0", "q4_0")
 
 
@@ -227,7 +224,8 @@ def _space(target: Target) -> tuple[SearchSpace, list[str]]:
     refuse_empty_load(target)
     build, model = _build(), gguf.read(target)
     refuse_long_load(target, model.context, f"{model.path.name} was trained on")
-    fixed = {word.partition("=")[0] for word in target.engine_args}
+    given = given_flags(target.engine_args, {*build.flags, *RESERVED}, argparse=False)
+    refuse_reserved(given, RESERVED, build.flags)
     kept: list[Parameter] = []
     said: list[str] = []
     for parameter in _parameters(target, build, model):
@@ -238,8 +236,8 @@ def _space(target: Target) -> tuple[SearchSpace, list[str]]:
             said.append(f"{name} is left out: --flash-attn of llama-server {build.version} takes no on, off or auto")
         elif name == "poll" and build.openmp:
             said.append("poll is left out: this build computes with OpenMP, whose threads do not heed --poll")
-        elif flag is not None and fixed & build.names(flag):
-            said.append(f"{name} is left out: --engine-args fixes {min(fixed & build.names(flag))}")
+        elif flag is not None and (fixed := _deciding(name, flag, build) & given.keys()):
+            said.append(f"{name} is left out: --engine-arg {given[min(fixed)]} fixes it")
         else:
             kept.append(parameter)
     return SearchSpace(tuple(kept), _constraints({p.name for p in kept}, target, build, model)), said
@@ -250,6 +248,11 @@ def _flag(name: str, build: _Build) -> str | None:
     if name == "mmap" and "--load-mode" not in build.flags:
         return "--no-mmap"
     return FLAGS.get(name)
+
+
+def _deciding(name: str, flag: str, build: _Build) -> frozenset[str]:
+    """All names of the flags that decide a parameter."""
+    return names_of(flag, build.flags) | (names_of(ALSO[name], build.flags) if name in ALSO else frozenset())
 
 
 def _parameters(target: Target, build: _Build, model: Any) -> list[Parameter]:
@@ -625,7 +628,7 @@ def command(config: Config, target: Target) -> str:
 
     The conditions of the measurement (no prompt cache, fixed output length) are not part of it.
     """
-    return shlex.join(_command(config, target))
+    return service(config, target).command()
 
 
 def _command(config: Config, target: Target) -> list[str]:
@@ -638,7 +641,7 @@ def _command(config: Config, target: Target) -> list[str]:
     if "threads" in changed and "threads_batch" in config:
         changed["threads_batch"] = config["threads_batch"]
     fit = ["--fit", "off"] if "--fit" in build.flags else []
-    words = ["llama-server", "--model", str(model.path), "--ctx-size", str(_context(config, target)), *fit]
+    words = [build.program, "--model", str(model.path), "--ctx-size", str(_context(config, target)), *fit]
     return [*words, *_words(changed, build), *target.engine_args]
 
 

@@ -382,10 +382,9 @@ def _environment(port: int, config: Mapping[str, Value] | None = None, target: T
 
 
 def _variables(config: Mapping[str, Value]) -> dict[str, str]:
-    """The variables behind the server's settings; `auto` is no variable at all."""
-    values = {name: config[name] for name in VARIABLES if name in config and config[name] != "auto"}
-    flash = {"on": "1", "off": "0"}
-    return {VARIABLES[name]: flash.get(str(value), str(value)) for name, value in values.items()}
+    """The variables behind the server's settings; what is `auto` is empty, which is the same as not set."""
+    values = {name: str(config[name]) for name in VARIABLES if name in config}
+    return {VARIABLES[name]: {"on": "1", "off": "0", "auto": ""}.get(value, value) for name, value in values.items()}
 
 
 def _options(config: Mapping[str, Value]) -> dict[str, Value]:
@@ -405,9 +404,6 @@ def launch(config: Config, target: Target) -> Iterator[ServedEngine]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     environment = _environment(port, config, target)
-    if config.get("flash_attention") == "auto":
-        # The user's own setting would be another configuration than it says.
-        environment["OLLAMA_FLASH_ATTENTION"] = ""
     server = start_server([PROGRAM.path(), "serve"], name="Ollama", env=environment, symptoms=SYMPTOMS)
     try:
         wait_until_ready(url, server, timeout_seconds=START_SECONDS, path=READY)
@@ -561,29 +557,9 @@ PORT = 11434
 """Ollama's own default."""
 
 
-def _changed(config: Config, target: Target) -> tuple[dict[str, str], dict[str, Value]]:
-    """What differs from Ollama's own: the server's variables, the requests' options."""
-    default = space(target).default()
-    changed = {name: value for name, value in config.items() if value != default.get(name)}
-    return _variables(changed), _options(changed)
-
-
 def command(config: Config, target: Target) -> str:
-    """The command that serves `config`.
-
-    Options are not the server's: where they differ, a model with them is made beside it, NAME-tuned.
-    """
-    variables, options = _changed(config, target)
-    words = ["env", *(f"{name}={value}" for name, value in variables.items())] if variables else []
-    if not options:
-        return shlex.join([*words, "ollama", "serve"])
-    model = _model(target).name
-    lines = shlex.join([f"FROM {model}", *(f"PARAMETER {name} {value}" for name, value in options.items())])
-    script = (
-        "ollama serve & until ollama list > /dev/null 2>&1; do sleep 1; done; "
-        f"printf '%s\\n' {lines} > Modelfile; ollama create {shlex.quote(_tuned(model))} -f Modelfile; wait"
-    )
-    return shlex.join([*words, "sh", "-c", script])
+    """The command that serves `config`."""
+    return service(config, target).command()
 
 
 def _tuned(model: str) -> str:
@@ -591,16 +567,35 @@ def _tuned(model: str) -> str:
 
 
 def service(config: Config, target: Target) -> Service:
-    """How to run `config` for good: the server with its variables, and a Modelfile with what belongs to the model."""
-    variables, options = _changed(config, target)
-    model = _model(target).name
-    lines = [f"# ollama create {_tuned(model)} -f Modelfile"]
-    lines += [f"# the server needs {name}={value} in its environment" for name, value in variables.items()]
-    lines += [f"FROM {model}", *(f"PARAMETER {name} {value}" for name, value in options.items())]
+    """How to run `config` for good: the server with its variables, and a Modelfile with what belongs to the model.
+
+    Options are not the server's: where they differ, its command makes a model with them beside the old one, NAME-tuned.
+    """
+    default, model, program = space(target).default(), _model(target).name, PROGRAM.path()
+    options = _options({name: value for name, value in config.items() if value != default.get(name)})
+    # A variable of the shell's own would win over a default, so all are named; of those that are empty, only where
+    # the shell has one.
+    variables = {name: value for name, value in _variables(config).items() if value or os.environ.get(name)}
+    where = {name: os.environ[name] for name in ("OLLAMA_MODELS",) if os.environ.get(name)}
+    recipe = [f"FROM {model}", *(f"PARAMETER {name} {value}" for name, value in options.items())]
+    head = [f"# ollama create {_tuned(model)} -f Modelfile"]
+    head += [f"# the server needs {name}={value} in its environment" for name, value in variables.items()]
     return Service(
-        argv=("ollama", "serve"),
-        env={"OLLAMA_HOST": f"127.0.0.1:{PORT}", **variables},
+        argv=("sh", "-c", _script(program, _tuned(model), recipe)) if options else (program, "serve"),
+        env={"OLLAMA_HOST": f"127.0.0.1:{PORT}", **where, **variables},
         port=PORT,
         gpus=bool(gpus_here()),
-        modelfile="\n".join(lines),
+        modelfile="\n".join([*head, *recipe]),
+    )
+
+
+def _script(program: str, model: str, recipe: Sequence[str]) -> str:
+    """Serve, make the model as soon as the server answers, and end with it."""
+    ollama = shlex.quote(program)
+    return (
+        f"{ollama} serve & server=$!; trap 'kill $server' INT TERM; "
+        # Where the port is taken, another server would answer, and be given the model.
+        f"while sleep 1; do kill -0 $server 2> /dev/null || exit 1; {ollama} list > /dev/null 2>&1 && break; done; "
+        f"recipe=$(mktemp); printf '%s\\n' {shlex.join(recipe)} > \"$recipe\"; "
+        f'{ollama} create {shlex.quote(model)} -f "$recipe"; rm "$recipe"; wait $server'
     )

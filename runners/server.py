@@ -20,7 +20,6 @@ import importlib
 import ipaddress
 import json
 import os
-import shlex
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -30,7 +29,7 @@ from typing import Any
 
 from tuner.serving import Client, Endpoint, Load, concurrency, cut, models
 from tuner.space import Choice, Config, Refused, SearchSpace, Value, closest
-from tuner.trial import Target, Work, refuse_empty_load
+from tuner.trial import Service, Target, Work, refuse_empty_load
 
 USUAL_CONCURRENCY = 8
 """Requests in flight in the default configuration."""
@@ -316,14 +315,47 @@ _WAYS: tuple[Mapping[str, Any], ...] = (
 )
 
 
+# --- the same without tuner ------------------------------------------------------------------
+
+
 def command(config: Config, target: Target) -> str:
-    """A `curl` command that sends requests as `config` does, `concurrency` at a time."""
-    endpoint = _endpoint(target)
+    """A command that sends the lines of its input as `config` says."""
+    return client(config, target, {"model": _model(_endpoint(target), target)}).command()
+
+
+def client(config: Config, target: Target, said: Mapping[str, Value]) -> Service:
+    """What a client has to do, as Python that needs no package: each line of standard input is a prompt.
+
+    The server is not asked: it may have been stopped since.
+    """
+    assert target.url is not None
+    chat = said.get("prompts_as") == "chat"
+    url = f"{Endpoint.parse(target.url)}/{'chat/' if chat else ''}completions"
     body = {
-        "model": _model(endpoint, target),
-        "prompt": "...",
+        "model": str(target.model or said["model"]),
         "max_tokens": int(config.get("max_tokens", target.output_tokens)),
     }
-    in_flight = str(config.get("concurrency", target.prompts))
-    words = ["curl", "--parallel", "--parallel-max", in_flight, "--json", json.dumps(body), f"{endpoint}/completions"]
-    return shlex.join(words)
+    prompt = "'messages': [{'role': 'user', 'content': prompt}]" if chat else "'prompt': prompt"
+    text = "['message']['content']" if chat else "['text']"
+    imports = [
+        "import json, os, sys",
+        "from concurrent.futures import ThreadPoolExecutor",
+        "from urllib.request import ProxyHandler, Request, build_opener",
+    ]
+    statements = [
+        f"url = {url!r}",
+        f"body = {body!r}",
+        "headers = {'Content-Type': 'application/json'}",
+        "key = os.environ.get('TUNE_SERVER_KEY')",
+        "headers |= {'Authorization': 'Bearer ' + key} if key else {}",
+        f"data = lambda prompt: json.dumps(body | {{{prompt}}}).encode()",
+        "send = build_opener(ProxyHandler({})).open",
+        f"ask = lambda prompt: json.load(send(Request(url, data(prompt), headers)))['choices'][0]{text}",
+        f"in_flight = ThreadPoolExecutor({int(config.get('concurrency', target.prompts))})",
+        "[print(answer, flush=True) for answer in in_flight.map(ask, filter(None, map(str.strip, sys.stdin)))]",
+    ]
+    head = f'"""Sends each line of standard input as a prompt to {url}."""'
+    return Service(
+        argv=("python3", "-c", "; ".join([*imports, *statements])),
+        python="\n".join([head, "", *imports, "", *statements, ""]),
+    )

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuner.installed import Flag, Program, gpus_here, packaged, parse_help
+from tuner.installed import Flag, Program, given_flags, gpus_here, names_of, packaged, parse_help, refuse_reserved
 from tuner.models import hugging_face
 from tuner.quality import Passage
 from tuner.serving import (
@@ -186,7 +186,18 @@ FLAGS: Mapping[str, tuple[str, ...]] = {
 }
 """The flags behind each parameter of the engine: the first one that the installed version has is used."""
 
-ALIASES: Mapping[str, str] = {"--tp": "--tp-size", "--tensor-parallel-size": "--tp-size"}
+RESERVED: Mapping[str, str] = {
+    "--port": "tune chooses the port itself",
+    "--host": "tune chooses the host itself",
+    "--model-path": "tune names the model itself, by its own --model",
+    "--model": "tune names the model itself, by its own --model",
+    "--context-length": "tune sets it to what the load needs",
+    "--random-seed": "tune sets it, by its own --seed",
+    "--sampling-defaults": "tune sets it itself",
+}
+"""Flags that every launch has (`_fixed_words`), and why nobody else may give them."""
+
+DUMMY: Mapping[str, str] = {"--load-format": "tune sets it, to let SGLang draw the weights"}
 
 AUTO = "auto"
 """What the engine works out itself; no flag is given."""
@@ -217,15 +228,17 @@ def _space(target: Target) -> tuple[SearchSpace, list[str]]:
     build, model = _build(), hugging_face.read(target)
     gpus = _gpus(target)
     refuse_long_load(target, max(0, model.context - SPARE_TOKENS), f"of {model.name} less {SPARE_TOKENS}")
-    fixed = {ALIASES.get(word.partition("=")[0], word.partition("=")[0]) for word in target.engine_args}
+    reserved = {**RESERVED, **(DUMMY if hugging_face.is_dummy(target) else {})}
+    given = given_flags(target.engine_args, {*build.flags, *reserved}, argparse=True)
+    refuse_reserved(given, reserved, build.flags)
     said: list[str] = []
     kept: list[Parameter] = []
     for parameter in _parameters(target, build, model, gpus):
         flags = FLAGS.get(parameter.name, ())
         if flags and not any(flag in build.flags for flag in flags):
             said.append(f"{parameter.name} is left out: SGLang {build.version} has no {flags[0]}")
-        elif taken := fixed.intersection(flags):
-            said.append(f"{parameter.name} is left out: --engine-args fixes {min(taken)}")
+        elif fixed := given.keys() & {name for flag in flags for name in names_of(flag, build.flags)}:
+            said.append(f"{parameter.name} is left out: --engine-arg {given[min(fixed)]} fixes it")
         else:
             kept.append(parameter)
     return SearchSpace(tuple(kept), _constraints({p.name for p in kept}, target, model, gpus)), said
@@ -678,30 +691,27 @@ PORT = 30000
 
 def command(config: Config, target: Target) -> str:
     """The command that runs `config`, naming what differs from the engine's defaults."""
-    model = hugging_face.read(target)
-    return shlex.join([*_command(config, target), "--context-length", str(_context(target, model))])
-
-
-def _command(config: Config, target: Target) -> list[str]:
-    build, model, default = _build(), hugging_face.read(target), space(target).default()
-    changed = {name: value for name, value in config.items() if value != default.get(name)}
-    shown = str(model.folder) if model.generated or Path(model.name).expanduser().is_dir() else model.name
-    dummy = ["--load-format", "dummy"] if hugging_face.is_dummy(target) else []
-    start = ["python3", *MODULE, "--model-path", shown]
-    return [*start, *dummy, *_words(changed, build), *target.engine_args]
+    return service(config, target).command()
 
 
 def service(config: Config, target: Target) -> Service:
-    """How to run `config` for good. The image has no entry point of the engine's: its words are the whole command."""
-    words, build = _command(config, target), _build()
-    gpus, model = bool(_gpus(target)), words[4]
-    listen = ("--port", str(PORT), "--host")
-    known = re.fullmatch(r"\d[\w.]*", build.version)
+    """How to run `config` for good: alone it listens to this machine only, in a container to its network.
+
+    The image has no entry point of the engine's: its words are the whole command.
+    """
+    build, known, default = _build(), hugging_face.read(target), space(target).default()
+    changed = {name: value for name, value in config.items() if value != default.get(name)}
+    model = str(known.folder) if known.generated or Path(known.name).expanduser().is_dir() else known.name
+    dummy = ["--load-format", "dummy"] if hugging_face.is_dummy(target) else []
+    words = ["--model-path", model, *dummy, *_words(changed, build), *target.engine_args, "--port", str(PORT), "--host"]
+    gpus = bool(_gpus(target))
+    released = gpus and re.fullmatch(r"\d[\w.]*", build.version)
+    network = "0.0.0.0"  # noqa: S104 - the container's own
     return Service(
-        argv=(*words, *listen, "127.0.0.1"),
+        argv=(*_program(), *words, "127.0.0.1"),
         port=PORT,
-        image=f"lmsysorg/sglang:v{build.version}" if gpus and known else None,
-        image_argv=(*words, *listen, "0.0.0.0") if gpus and known else (),  # noqa: S104 - the container's network
+        image=f"lmsysorg/sglang:v{build.version}" if released else None,
+        image_argv=("python3", *MODULE, *words, network) if released else (),
         paths=(model,) if Path(model).is_absolute() else (),
         gpus=gpus,
     )

@@ -1222,7 +1222,7 @@ def command(config: Config, target: Target) -> str:
     of the measurement (no end of sequence, prompts of equal length) are not part of it.
     """
     imports, body = _statements(config, target)
-    return shlex.join(["python", "-c", "; ".join([*imports, *body])])
+    return shlex.join([sys.executable, "-c", "; ".join([*imports, *body])])
 
 
 def service(config: Config, target: Target) -> Service:
@@ -1241,7 +1241,7 @@ def service(config: Config, target: Target) -> Service:
         ]
     )
     return Service(
-        argv=("python", "-c", "; ".join([*imports, *body])),
+        argv=(sys.executable, "-c", "; ".join([*imports, *body])),
         env={"HF_HUB_DISABLE_TELEMETRY": "1"},
         paths=(str(model.folder),) if model.folder else (),
         gpus=_machine().device == "cuda",

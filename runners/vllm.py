@@ -34,7 +34,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuner.installed import Flag, Gpu, Program, gpus_here, memory_bytes, packaged, parse_help
+from tuner.installed import (
+    Flag,
+    Gpu,
+    Program,
+    given_flags,
+    gpus_here,
+    memory_bytes,
+    names_of,
+    packaged,
+    parse_help,
+    refuse_reserved,
+)
 from tuner.models import hugging_face
 from tuner.quality import Passage
 from tuner.serving import (
@@ -193,7 +204,21 @@ FLAGS: Mapping[str, str] = {
 }
 """The flag behind each parameter of the engine."""
 
-ALIASES: Mapping[str, str] = {"-tp": "--tensor-parallel-size", "-q": "--quantization", "-O": "--optimization-level"}
+ALSO: Mapping[str, tuple[str, ...]] = {"compilation": ("--enforce-eager", "-O"), "enforce_eager": ("-O",)}
+"""Further flags that decide a parameter. `-O` is not in the help."""
+
+RESERVED: Mapping[str, str] = {
+    "--port": "tune chooses the port itself",
+    "--host": "tune chooses the host itself",
+    "--model": "tune names the model itself, by its own --model",
+    "--max-model-len": "tune sets it to what the load needs",
+    "--seed": "tune sets it, by its own --seed",
+    "--generation-config": "tune sets it itself",
+    "--disable-uvicorn-access-log": "tune sets it itself",
+}
+"""Flags that every launch has (`_fixed_flags`), and why nobody else may give them."""
+
+DUMMY: Mapping[str, str] = {"--load-format": "tune sets it, to let vLLM draw the weights"}
 
 MOST_SEQUENCES = 1024
 
@@ -221,18 +246,26 @@ def _space(target: Target) -> tuple[SearchSpace, list[str]]:
     gpus = _device(build)
     refuse_long_load(target, model.context // 16 * 16, f"of {model.name}")
     offered = _parameters(target, build, model, gpus)
-    fixed = {ALIASES.get(word.partition("=")[0], word.partition("=")[0]) for word in target.engine_args}
+    reserved = {**RESERVED, **(DUMMY if hugging_face.is_dummy(target) else {})}
+    given = given_flags(target.engine_args, {*build.flags, *reserved, "-O"}, argparse=True)
+    refuse_reserved(given, reserved, build.flags)
     said = []
     kept = []
     for parameter in offered:
         flag = FLAGS.get(parameter.name)
         if flag and flag not in build.flags:
             said.append(f"{parameter.name} is left out: vLLM {build.version} has no {flag}")
-        elif flag and (flag in fixed or flag.replace("--", "--no-", 1) in fixed):
-            said.append(f"{parameter.name} is left out: --engine-args fixes {flag}")
+        elif flag and (fixed := _deciding(parameter.name, build) & given.keys()):
+            said.append(f"{parameter.name} is left out: --engine-arg {given[min(fixed)]} fixes it")
         else:
             kept.append(parameter)
     return SearchSpace(tuple(kept), _constraints({p.name for p in kept}, target, model, gpus)), said
+
+
+def _deciding(name: str, build: _Build) -> frozenset[str]:
+    """All names of the flags that decide a parameter."""
+    flags = (FLAGS[name], *ALSO.get(name, ()))
+    return frozenset(name for flag in flags for name in names_of(flag, build.flags))
 
 
 def _parameters(target: Target, build: _Build, model: hugging_face.Model, gpus: Sequence[Gpu]) -> list[Parameter]:
@@ -756,34 +789,33 @@ def _stated(text: str, config: Config) -> dict[str, Value]:
 
 def command(config: Config, target: Target) -> str:
     """The `vllm serve` command that runs `config`, naming what differs from the engine's defaults."""
-    build = _build()
-    environment = {"OMP_NUM_THREADS": str(config["omp_threads"])} if "omp_threads" in config else {}
-    words = [*_serve(config, target), "--max-model-len", str(_context(target))]
-    names = [f"{name}={value}" for name, value in environment.items()] if build.for_cpu else []
-    return shlex.join([*(["env", *names] if names else []), *words])
-
-
-def _serve(config: Config, target: Target) -> list[str]:
-    model, default = hugging_face.read(target), space(target).default()
-    changed = {name: value for name, value in config.items() if value != default.get(name)}
-    shown = str(model.folder) if model.generated or Path(model.name).expanduser().is_dir() else model.name
-    dummy = ["--load-format", "dummy"] if hugging_face.is_dummy(target) else []
-    return ["vllm", "serve", shown, *dummy, *_flags_of(changed), *target.engine_args]
+    return service(config, target).command()
 
 
 PORT = 8000
+"""The engine's own default."""
 
 
 def service(config: Config, target: Target) -> Service:
-    """How to run `config` for good. Builds for CPUs have no official image by a short name."""
-    build = _build()
+    """How to run `config` for good: alone it listens to this machine only, in a container to its network.
+
+    Builds for CPUs have no official image by a short name.
+    """
+    build, known, default = _build(), hugging_face.read(target), space(target).default()
     gpus = _device(build)
-    _, _, model, *flags = _serve(config, target)
-    env = {"OMP_NUM_THREADS": str(config["omp_threads"])} if "omp_threads" in config else {}
-    flags = ["--port", str(PORT), *flags]
+    model = str(known.folder) if known.generated or Path(known.name).expanduser().is_dir() else known.name
+    changed = {name: value for name, value in config.items() if value != default.get(name)}
+    flags = [
+        *("--port", str(PORT)),
+        *(("--load-format", "dummy") if hugging_face.is_dummy(target) else ()),
+        *_flags_of(changed),
+        # The load's own limit is none of a service's; the model's may need more cache than there is.
+        *(("--max-model-len", "auto") if "'auto'" in _text("--max-model-len", build) else ()),
+        *target.engine_args,
+    ]
     return Service(
-        argv=("vllm", "serve", model, *flags),
-        env=env,
+        argv=(*_program(), "serve", model, "--host", "127.0.0.1", *flags),
+        env=_environment(config, target, build),
         port=PORT,
         image=f"vllm/vllm-openai:v{build.version.partition('+')[0]}" if gpus else None,
         # Images before and after the entry point became `vllm serve` take the model by this flag.
@@ -791,3 +823,8 @@ def service(config: Config, target: Target) -> Service:
         paths=(model,) if Path(model).is_absolute() else (),
         gpus=bool(gpus),
     )
+
+
+def _text(flag: str, build: _Build) -> str:
+    """A flag's entry in the help; empty where there is none."""
+    return build.flags[flag].text if flag in build.flags else ""

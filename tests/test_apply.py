@@ -14,13 +14,15 @@ from pathlib import Path
 
 import pytest
 from commands import in_a_process, typed
+from fakes.openai_server import Engine
 from hypothesis import given
 from hypothesis import strategies as st
 from records import SPACE, trial
 
-from tuner.apply import FORMS, Chosen, Launch, choose, launch_of, render, save, systemd_word, yaml, yaml_text
+from tuner.apply import FORMS, Chosen, Launch, choose, launch_of, not_here, render, save, systemd_word, yaml, yaml_text
 from tuner.control import CLOCK, POWER
 from tuner.journal import Header, Journal, Pair, Study
+from tuner.serving import free_port
 from tuner.space import Refused
 from tuner.trial import History, Service, Target
 
@@ -390,6 +392,16 @@ def test_a_launch_names_engine_changes_and_what_was_shown(runner):
     assert said == [f"running the code of {runner}"]
 
 
+@pytest.mark.parametrize(("value", "told"), [(3, True), (8, False)])
+def test_what_the_client_has_to_do_is_said_beside_the_servers_launch(runner, value, told):
+    own = {"name": "concurrency", "default": 8, "scope": "request"}
+    found = with_runner(study(SAVES), runner, space=(own, *SPACE.record()))
+    said = []
+    made = launch_of(found, Chosen({**SPACE.default(), "concurrency": value}, True, ""), said.append)
+    sentence = "concurrency is the client's part: keep 3 requests in flight at a time"
+    assert (sentence in said) == (sentence in made.about) == told
+
+
 def test_another_engine_than_was_tuned_is_said(runner):
     said = []
     found = with_runner(study(SAVES), runner, identity={**IDENTITY, "engine_version": "1"})
@@ -417,12 +429,49 @@ def test_a_runner_without_services_offers_its_command(runner):
         render("systemd", made)
 
 
+def test_a_client_is_printed_from_the_journal_alone(tmp_path):
+    """Nobody listens at the server's address any more; how it takes prompts and what it serves is in the journal."""
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    config = {"concurrency": 3}
+    chat = {"prompts_as": "chat"}
+    trials = [replace(trial(n, {**config, "concurrency": c}), effective=chat) for n, c in enumerate((8, 3))]
+    space = ({"name": "concurrency", "default": 8},)
+    about = {"target": Target(url=url, prompts=8), "identity": {"model": "m", "engine": "server (x)"}, "space": space}
+    found = with_runner(study(trials=trials), "server", **about)
+    said = []
+    made = launch_of(found, Chosen(config, True, ""), said.append)
+    assert said == []
+    assert made.about[1] == "engine: server (x), model: m"
+    with Engine("chat-only", port=int(url.split(":")[2].split("/")[0]), token_seconds=0.001) as engine:
+        for command in (made.command, f"{sys.executable} -c {shlex.quote(render('python', made))}"):
+            subprocess.run(["/bin/sh", "-c", command], input="a\nb\nc\nd\n", text=True, check=True, timeout=60)
+        assert engine.most_in_flight == 3
+        assert {(a["path"], a["model"], a["max_tokens"]) for a in engine.requests} == {
+            ("/v1/chat/completions", "m", 32)
+        }
+        assert len(engine.requests) == 8
+    for form in ("systemd", "compose"):
+        with pytest.raises(Refused, match=r"this engine offers command, python$"):
+            render(form, made)
+
+
 @pytest.mark.parametrize(
     ("name", "label"), [("A b_C.1", "a-b-c-1"), ("7", "tune-7"), ("---", "tune"), ("x" * 80, "x" * 50)]
 )
 def test_a_study_of_any_name_makes_a_service_of_a_legal_name(runner, name, label):
     found = with_runner(study(SAVES), runner, name=name)
     assert launch_of(found, choose(found, unconfirmed=False), lambda _: None).name == label
+
+
+def test_a_program_that_is_not_here_is_said_for_the_forms_that_start_it():
+    lacking = launch(replace(SERVICE, argv=("no-such-engine", "serve")))
+    said = '"no-such-engine" is not found on this machine: install it first; --as python does without'
+    assert {form: not_here(form, lacking) for form in FORMS if not_here(form, lacking)} == {
+        "command": said,
+        "systemd": said,
+    }
+    assert not_here("systemd", launch()) is None
+    assert not_here("command", launch(Service())) is None
 
 
 # --- files
@@ -532,15 +581,23 @@ TINY = Target(size="tiny", prompts=4, prompt_tokens=16, output_tokens=4)
 def test_llama_offers_a_server_in_every_form_but_ollamas(llama):
     config = llama.space(TINY).complete({"parallel": 2})
     found = llama.service(config, TINY)
-    assert found.argv[: len(shlex.split(llama.command(config, TINY)))] == tuple(
-        shlex.split(llama.command(config, TINY))
-    )
+    assert found.argv == tuple(shlex.split(llama.command(config, TINY)))
     assert found.argv[-4:] == ("--port", "8080", "--host", "127.0.0.1")
     assert found.image_argv[-1] == "0.0.0.0"  # noqa: S104 - in a container
     assert found.image == "ghcr.io/ggml-org/llama.cpp:server"
     assert Path(found.paths[0]).is_file()
     for form in set(FORMS) - {"modelfile"}:
         assert render(form, launch(found))
+
+
+def test_llama_names_the_llama_server_of_the_variable(llama, tmp_path, monkeypatch):
+    program = tmp_path / "own-server"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("TUNE_LLAMA_SERVER", str(program))
+    assert llama.service(llama.space(TINY).default(), TINY).argv[0] == str(program)
+    monkeypatch.setenv("TUNE_LLAMA_SERVER", str(tmp_path / "nothing"))
+    assert llama.service(llama.space(TINY).default(), TINY).argv[0] == "llama-server"
 
 
 def test_llama_on_a_gpu_takes_the_image_for_it(llama):

@@ -8,7 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from tuner.installed import Flag, Program, cache_folder, gpus_here, library, memory_bytes, packaged, parse_help
+from tuner.installed import (
+    Flag,
+    Program,
+    cache_folder,
+    given_flags,
+    gpus_here,
+    library,
+    memory_bytes,
+    names_of,
+    packaged,
+    parse_help,
+    refuse_reserved,
+)
 from tuner.space import Refused
 
 PROGRAM = Program(
@@ -175,10 +187,47 @@ def test_a_help_page_is_read_with_choices_defaults_and_every_name():
     )
     assert parse_help(page) == {
         "--dtype": Flag(("auto", "half"), "auto"),
+        "-d": Flag(("auto", "half"), "auto"),
         "--seats": Flag((), "4"),
         "--eager": Flag((), None),
         "--no-eager": Flag((), None),
     }
+
+
+def test_all_names_of_a_flag_are_known_from_its_entry():
+    flags = parse_help("  --seats SEATS, -s SEATS\n    Seats.\n  --other, -o           Other.\n")
+    assert names_of("--seats", flags) == {"--seats", "-s", "--no-seats"}
+    assert names_of("--nothing", flags) == {"--nothing", "--no-nothing"}
+    assert flags["--seats"].text == "--seats SEATS, -s SEATS Seats."
+
+
+KNOWN = ("--port", "--page-size", "-tp", "--tp-size", "-O")
+
+
+@pytest.mark.parametrize(
+    ("words", "found", "as_argparse"),
+    [
+        (["--port", "80"], {"--port": "--port"}, None),
+        (["--port=80"], {"--port": "--port"}, None),
+        (["--page_size", "1"], {"--page-size": "--page_size"}, None),
+        (["-tp=2", "x"], {"-tp": "-tp"}, None),
+        (["-1", "80", "a-b"], {}, None),
+        (["--unheard.of=1"], {"--unheard": "--unheard.of"}, None),
+        (["--po"], {"--po": "--po"}, {"--port": "--po"}),
+        (["-O3"], {"-O3": "-O3"}, {"-O": "-O3"}),
+        (["-tp2"], {"-tp2": "-tp2"}, None),
+    ],
+)
+def test_flags_are_found_among_further_arguments_as_the_engine_reads_them(words, found, as_argparse):
+    assert given_flags(words, KNOWN, argparse=False) == found
+    assert given_flags(words, KNOWN, argparse=True) == (found if as_argparse is None else as_argparse)
+
+
+def test_a_reserved_flag_is_refused_by_the_name_that_was_typed():
+    flags = parse_help("  --port PORT, -p PORT\n    Port.\n")
+    with pytest.raises(Refused, match=r"^--engine-arg -p: tune chooses it; leave it out$"):
+        refuse_reserved({"-p": "-p"}, {"--port": "tune chooses it"}, flags)
+    refuse_reserved({"--host": "--host"}, {"--port": "tune chooses it"}, flags)
 
 
 def smi(tmp_path, monkeypatch, body):

@@ -68,7 +68,7 @@ def test_a_limit_is_a_metric_a_sign_and_a_number(text):
     ],
 )
 def test_anything_else_is_refused_in_the_words_of_the_option(text):
-    with pytest.raises(Refused, match=r"^--limit .*expected COLUMN<=NUMBER"):
+    with pytest.raises(Refused, match=r"^--limit .*expected METRIC<=NUMBER"):
         parse_limits([text], names("token"))
 
 

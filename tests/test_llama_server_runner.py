@@ -14,9 +14,11 @@ from typing import ClassVar
 import psutil
 import pytest
 from contracts.runner_contract import RunnerContract
+from printed import noted, typed_at_a_shell
 
 from tuner.files import find, names
 from tuner.models import gguf
+from tuner.serving import free_port
 from tuner.space import Refused
 from tuner.trial import Target
 
@@ -270,9 +272,51 @@ def test_flags_that_a_build_lacks_are_left_out_and_said_so(own, llama_server, mo
 def test_a_flag_that_engine_args_fix_is_not_tuned_by_whatever_name(llama_server):
     fixed = replace(LOAD, engine_args=("-np", "2", "--no-repack"))
     assert not {"parallel", "repack"} & set(llama_server.space(fixed).names)
-    assert "parallel is left out: --engine-args fixes -np" in llama_server.notes(fixed)
+    assert "parallel is left out: --engine-arg -np fixes it" in llama_server.notes(fixed)
     assert llama_server.identity(fixed)["engine_args"] == "-np 2 --no-repack"
-    assert llama_server.command(llama_server.space(fixed).default(), fixed).endswith("-np 2 --no-repack")
+    assert "-np 2 --no-repack" in llama_server.command(llama_server.space(fixed).default(), fixed)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--no-mmap"], "mmap"),
+        (["--mmap"], "mmap"),
+        (["-lm", "none"], "mmap"),
+        (["-nocb"], "continuous_batching"),
+        (["--no_kv_unified"], "kv_unified"),
+        (["-kvu"], "kv_unified"),
+        (["--repack"], "repack"),
+    ],
+    ids=" ".join,
+)
+def test_every_name_of_a_flag_takes_its_parameter_out_of_the_space(llama_server, words, name):
+    fixed = replace(LOAD, engine_args=tuple(words))
+    assert set(llama_server.space(LOAD).names) - set(llama_server.space(fixed).names) == {name}
+    assert f"{name} is left out: --engine-arg {words[0]} fixes it" in llama_server.notes(fixed)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--port", "9000"], "--engine-arg --port: tune chooses the port itself; leave it out"),
+        (["--host", "0.0.0.0"], "--engine-arg --host: tune chooses the host itself; leave it out"),  # noqa: S104 - refused
+        (["-m", "m.gguf"], "--engine-arg -m: tune names the model itself, by its own --model; leave it out"),
+        (["--model=m.gguf"], "--engine-arg --model: tune names the model itself, by its own --model; leave it out"),
+        (["--hf-repo", "a/b"], "--engine-arg --hf-repo: tune names the model itself, by its own --model; leave it out"),
+        (["-c", "9"], "--engine-arg -c: tune sets it to what the load needs; leave it out"),
+        (["-fit", "on"], "--engine-arg -fit: tune sets it itself; leave it out"),
+        (["--verbosity", "1"], "--engine-arg --verbosity: tune sets it itself; leave it out"),
+        (["--cache_ram", "1"], "--engine-arg --cache_ram: tune sets it itself; leave it out"),
+        (["--slots"], "--engine-arg --slots: tune sets it itself; leave it out"),
+        (["--webui"], "--engine-arg --webui: tune sets it itself; leave it out"),
+    ],
+    ids=str,
+)
+def test_what_tune_sets_itself_is_refused(llama_server, words, sentence):
+    with pytest.raises(Refused) as raised:
+        llama_server.space(replace(LOAD, engine_args=tuple(words)))
+    assert str(raised.value) == sentence
 
 
 def test_an_open_loop_has_no_concurrency(llama_server):
@@ -369,7 +413,7 @@ def test_an_engine_that_never_serves_is_given_up(llama_server, monkeypatch, log,
     ("words", "sentence"),
     [
         (("--no-such-flag",), r"error: invalid argument: --no-such-flag$"),
-        (("-fit", "maybe"), r'error while handling argument "-fit": error: unknown value for --fit: \'maybe\'$'),
+        (("-fa", "maybe"), r'error while handling argument "-fa": error: unknown value for --flash-attn: \'maybe\'$'),
     ],
 )
 def test_a_flag_that_it_rejects_is_told_in_its_own_words(llama_server, log, words, sentence):
@@ -499,21 +543,56 @@ def test_limits_may_be_set_on_the_likelihood_itself(llama_server):
 # --- for good
 
 
-def test_the_command_names_only_what_differs_from_the_default(llama_server):
+def test_the_command_names_only_what_differs_from_the_default(llama_server, executable):
     default = llama_server.space(LOAD).default()
-    path = shlex.quote(str(gguf.read(LOAD).path))
-    assert llama_server.command(default, LOAD) == f"llama-server --model {path} --ctx-size 2048 --fit off"
+    start = f"{executable} --model {shlex.quote(str(gguf.read(LOAD).path))} --ctx-size 2048 --fit off"
+    end = "--port 8080 --host 127.0.0.1"
+    assert llama_server.command(default, LOAD) == f"{start} {end}"
     changed = {**default, "parallel": 2, "threads": 1, "mmap": False, "repack": False}
     assert llama_server.command(changed, LOAD) == (
-        f"llama-server --model {path} --ctx-size 2048 --fit off --parallel 2 --threads 1 --no-repack "
-        "--load-mode none --kv-unified --threads-batch 2"
+        f"{start} --parallel 2 --threads 1 --no-repack --load-mode none --kv-unified --threads-batch 2 {end}"
     )
 
 
-def test_the_service_listens_to_this_machine_alone_and_in_a_container_to_its_network(llama_server):
+TUNED = {"parallel": 2, "threads": 1, "threads_batch": 1, "n_batch": 64, "n_ubatch": 32, "flash_attention": "on"}
+TUNED |= {"kv_unified": False, "repack": False, "mmap": False, "cache_type_k": "q8_0", "cache_type_v": "q8_0"}
+
+
+@pytest.mark.parametrize("changes", [TUNED, {"parallel": 2}, {"threads": 1}, {}], ids=str)
+def test_the_printed_command_runs_what_was_measured(llama_server, log, tmp_path, monkeypatch, changes):
+    """Started by a shell, the program of the launch says in its log what the launch's said."""
+    config = llama_server.space(LOSSY).complete(changes)
+    monkeypatch.setenv("FAKE_LLAMA_NOTE", str(tmp_path / "measured"))
+    with llama_server.launch(config, LOSSY) as engine:
+        effective = dict(engine.effective)
+    monkeypatch.setenv("FAKE_LLAMA_NOTE", str(tmp_path / "printed"))
+    port = free_port()
+    command = llama_server.command(config, LOSSY).replace("--port 8080", f"--port {port}")
+    with typed_at_a_shell(command, port, tmp_path / "log"):
+        said = llama_server.read_back((tmp_path / "log").read_text(), config)
+    assert effective == {"concurrency": config["concurrency"], **said}
+    assert set(changes) <= effective.keys()
+    assert noted(tmp_path / "printed").words[:3] == noted(tmp_path / "measured").words[:3]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(REAL is None, reason="TUNE_LLAMA_SERVER names none: no printed command was typed for a real one")
+@pytest.mark.parametrize("changes", [TUNED, {}], ids=str)
+def test_the_printed_command_starts_llama_server_itself(llama_server, log, tmp_path, changes):
+    config = llama_server.space(LOSSY).complete(changes)
+    with llama_server.launch(config, LOSSY) as engine:
+        effective = dict(engine.effective)
+    port = free_port()
+    command = llama_server.command(config, LOSSY).replace("--port 8080", f"--log-verbosity 4 --port {port}")
+    with typed_at_a_shell(command, port, tmp_path / "log"):
+        said = llama_server.read_back((tmp_path / "log").read_text(), config)
+    assert effective == {"concurrency": config["concurrency"], **said}
+
+
+def test_the_service_listens_to_this_machine_alone_and_in_a_container_to_its_network(llama_server, executable):
     service = llama_server.service(llama_server.space(LOAD).default(), LOAD)
     path = str(gguf.read(LOAD).path)
-    assert service.argv[0] == "llama-server"
+    assert service.argv[0] == str(executable)
     assert service.argv[-4:] == ("--port", "8080", "--host", "127.0.0.1")
     assert service.image_argv[:2] == ("--model", path)
     assert service.image_argv[-1] == "0.0.0.0"  # noqa: S104 - the container's own network

@@ -2,9 +2,10 @@
 
 import importlib.util
 import os
-import shlex
 import shutil
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,11 @@ from typing import ClassVar
 import psutil
 import pytest
 from contracts.runner_contract import RunnerContract
+from printed import noted, typed_at_a_shell
 
 from tuner.apply import Launch, render
 from tuner.models import gguf
+from tuner.serving import free_port
 from tuner.space import Refused
 from tuner.trial import Target
 
@@ -337,19 +340,58 @@ def test_one_that_ignores_sigterm_and_its_children_are_killed(ollama, monkeypatc
 # --- for good
 
 
-def test_the_command_names_only_what_differs(ollama):
+def test_the_command_names_the_servers_variables(ollama, executable, monkeypatch):
     default = ollama.space(LOAD).default()
-    assert ollama.command(default, LOAD) == "ollama serve"
-    assert ollama.command({**default, "num_parallel": 4}, LOAD) == "env OLLAMA_NUM_PARALLEL=4 ollama serve"
-    words = shlex.split(ollama.command({**default, "num_parallel": 4, "num_batch": 64}, LOAD))
-    assert words[:4] == ["env", "OLLAMA_NUM_PARALLEL=4", "sh", "-c"]
-    assert "'FROM tiny:latest' 'PARAMETER num_batch 64' > Modelfile; ollama create tiny-tuned -f Modelfile" in words[4]
+    start = "env OLLAMA_HOST=127.0.0.1:11434 OLLAMA_NUM_PARALLEL"
+    assert ollama.command(default, LOAD) == f"{start}=1 {executable} serve"
+    assert ollama.command({**default, "num_parallel": 4}, LOAD) == f"{start}=4 {executable} serve"
+    # A setting of the shell's own would be another one than was measured.
+    monkeypatch.setenv("OLLAMA_FLASH_ATTENTION", "1")
+    monkeypatch.setenv("OLLAMA_MODELS", "/models")
+    start = "env OLLAMA_HOST=127.0.0.1:11434 OLLAMA_MODELS=/models OLLAMA_NUM_PARALLEL=1 OLLAMA_FLASH_ATTENTION="
+    assert ollama.command(default, LOAD) == f"{start} {executable} serve"
 
 
-def test_the_modelfile_has_the_options_and_names_the_servers_variables(ollama):
+def test_the_printed_command_serves_what_was_measured_and_makes_the_model(ollama, log, tmp_path, monkeypatch):
+    """Started by a shell, the server has the launch's variables, and the model beside the old one its options."""
+    tuned = {"num_parallel": 2, "flash_attention": "on", "kv_cache_type": "q8_0", "num_batch": 64, "num_thread": 1}
+    config = ollama.space(LOSSY).complete(tuned)
+    monkeypatch.setenv("FAKE_OLLAMA_NOTE", str(tmp_path / "measured"))
+    with ollama.launch(config, LOSSY) as engine:
+        assert {name: engine.effective[name] for name in tuned} == tuned
+    monkeypatch.setenv("FAKE_OLLAMA_NOTE", str(tmp_path / "printed"))
+    port, folder = free_port(), tmp_path / "elsewhere"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    command = ollama.command(config, LOSSY).replace(":11434", f":{port}")
+    with typed_at_a_shell(command, port, tmp_path / "printed-log", ready="/api/version") as endpoint:
+        deadline = time.monotonic() + 20
+        while "tiny-tuned:latest" not in (names := [m["name"] for m in endpoint.ask("/api/tags")["models"]]):
+            assert time.monotonic() < deadline, names
+            time.sleep(0.05)
+        shown = endpoint.ask("/api/show", {"model": "tiny-tuned:latest"})
+    assert sorted(shown["parameters"].splitlines()) == ["num_batch 64", "num_thread 1"]
+    measured, printed = noted(tmp_path / "measured"), noted(tmp_path / "printed")
+    for name in ollama.VARIABLES.values():
+        assert printed.env[name] == measured.env[name]
+    assert list(folder.iterdir()) == []
+
+
+def test_where_the_port_is_taken_the_other_server_is_given_no_model(ollama, tmp_path, monkeypatch):
+    config = ollama.space(LOAD).complete({"num_batch": 64})
+    port = free_port()
+    monkeypatch.setenv("OLLAMA_CONTEXT_LENGTH", "256")
+    command = ollama.command(config, LOAD).replace(":11434", f":{port}")
+    plain = ollama.command(ollama.space(LOAD).default(), LOAD).replace(":11434", f":{port}")
+    with typed_at_a_shell(plain, port, tmp_path / "log", ready="/api/version") as endpoint:
+        monkeypatch.setenv("FAKE_OLLAMA", "port-in-use")
+        assert subprocess.run(["/bin/sh", "-c", command], capture_output=True, timeout=20).returncode == 1
+        assert [m["name"] for m in endpoint.ask("/api/tags")["models"]] == ["tiny:latest"]
+
+
+def test_the_modelfile_has_the_options_and_names_the_servers_variables(ollama, executable):
     config = {**ollama.space(LOAD).default(), "num_batch": 64, "num_thread": 1, "num_parallel": 4}
     service = ollama.service(config, LOAD)
-    assert service.argv == ("ollama", "serve")
     assert service.env == {"OLLAMA_HOST": "127.0.0.1:11434", "OLLAMA_NUM_PARALLEL": "4"}
     launch = Launch(name="x", about=("tuned",), command="", settings=(), gpus=0, service=service)
     assert render("modelfile", launch) == (
@@ -360,7 +402,9 @@ def test_the_modelfile_has_the_options_and_names_the_servers_variables(ollama):
         "PARAMETER num_batch 64\n"
         "PARAMETER num_thread 1\n"
     )
-    assert "Environment=OLLAMA_NUM_PARALLEL=4" in render("systemd", launch)
+    unit = render("systemd", launch)
+    assert "Environment=OLLAMA_NUM_PARALLEL=4" in unit
+    assert f"{executable} create tiny-tuned" in unit
     with pytest.raises(Refused, match="this engine offers command, systemd, modelfile"):
         render("compose", launch)
 

@@ -513,7 +513,7 @@ def test_a_limit_is_a_column_a_sign_and_a_number(text, value, fault):
     ],
 )
 def test_a_limit_of_another_form_is_refused(text):
-    with pytest.raises(Refused, match="expected COLUMN<=NUMBER or COLUMN>=NUMBER"):
+    with pytest.raises(Refused, match="expected METRIC<=NUMBER or METRIC>=NUMBER"):
         Limit.parse(text, ["wait"])
 
 
@@ -565,7 +565,7 @@ def parameters(**changes):
         ({"default": config("A", 8, True)}, r"the default \(gpu=A, batch=8, fused=true\) was not measured"),
         ({"default": config("B", 64, True)}, "was not measured"),
         ({"limits": ["wait<=0.01"]}, r"no row is within the limits \(wait<=0.01\)"),
-        ({"limits": ["wait=1"]}, "limit .wait=1.: expected COLUMN<=NUMBER"),
+        ({"limits": ["wait=1"]}, "limit .wait=1.: expected METRIC<=NUMBER"),
         ({"limits": ["joules<=1"]}, "no metric is called"),
     ],
 )

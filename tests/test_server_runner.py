@@ -285,8 +285,56 @@ def test_an_open_loop_leaves_only_the_length_to_tune(runner):
         assert runner.space(lossy).names == ("max_tokens",)
         with runner.launch(runner.space(lossy).default(), lossy) as served:
             assert served.run_pass().units == 16
-        words = shlex.split(runner.command(runner.space(lossy).default(), lossy))
-        assert words[:3] == ["curl", "--parallel", "--parallel-max"]
+        command = runner.command(runner.space(lossy).complete({"max_tokens": 2}), lossy)
+        assert [asked["max_tokens"] for asked in sent_by(command, engine, "one\ntwo\n")] == [2, 2]
+
+
+def sent_by(command, engine, lines):
+    """The requests that a printed command sends when a person types it and its prompts."""
+    before = len(engine.requests)
+    done = subprocess.run(["/bin/sh", "-c", command], input=lines, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    sent = engine.requests[before:]
+    # The stand-in answers with an x for each token.
+    assert done.stdout.splitlines() == ["x" * asked["max_tokens"] for asked in sent]
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("mode", "path"),
+    [("ok", "/v1/completions"), ("text-only", "/v1/completions"), ("chat-only", "/v1/chat/completions")],
+)
+def test_the_printed_client_asks_as_the_server_takes_it_and_as_many_at_a_time(runner, mode, path):
+    with Engine(mode, token_seconds=0.02) as engine:
+        target = target_of(engine)
+        with runner.launch(runner.space(target).default(), target) as served:
+            said = {"model": "m", **served.effective}
+        service = runner.client({"concurrency": 3}, target, said)
+        engine.most_in_flight = 0
+        prompts = [f"prompt {n}: it's" for n in range(9)]
+        sent = sent_by(service.command(), engine, "\n".join(prompts) + "\n\n")
+        assert engine.most_in_flight == 3
+    assert {(asked["path"], asked["model"], asked["max_tokens"]) for asked in sent} == {(path, "m", 4)}
+    told = [asked["messages"][0]["content"] if "messages" in asked else asked["prompt"] for asked in sent]
+    assert sorted(told) == prompts
+
+
+def test_the_printed_client_as_a_file_does_the_same(runner, tmp_path):
+    with Engine() as engine:
+        target = target_of(engine, model="m")
+        (tmp_path / "client.py").write_text(runner.client({"concurrency": 2}, target, {}).python)
+        sent = sent_by(shlex.join([sys.executable, str(tmp_path / "client.py")]), engine, "a\nb\nc\n")
+    assert len(sent) == 3
+
+
+def test_the_printed_client_takes_the_key_from_its_environment_and_no_proxy(runner, monkeypatch):
+    monkeypatch.setenv("TUNE_SERVER_KEY", "sk-own")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with Engine() as engine:
+        command = runner.client({"concurrency": 1}, target_of(engine, model="m"), {}).command()
+        assert "sk-own" not in command
+        sent_by(command, engine, "a\n")
+        assert engine.headers[-1]["Authorization"] == "Bearer sk-own"
 
 
 def test_a_forwarder_is_not_the_server(runner, monkeypatch):

@@ -14,10 +14,12 @@ from typing import ClassVar
 import psutil
 import pytest
 from contracts.runner_contract import RunnerContract
+from printed import noted, typed_at_a_shell
 
 from tuner.installed import Program
 from tuner.models import hugging_face
 from tuner.quality import TEXT
+from tuner.serving import free_port
 from tuner.space import Refused
 from tuner.trial import Judged, Target
 
@@ -228,7 +230,7 @@ def test_a_flag_that_engine_args_fix_is_not_tuned(sglang, gpus):
     gpus(H100, H100)
     fixed = replace(ON_GPU, engine_args=("--tp", "2", "--max-running-requests=8"))
     assert not {"tp_size", "max_running_requests"} & set(sglang.space(fixed).names)
-    assert "tp_size is left out: --engine-args fixes --tp-size" in sglang.notes(fixed)
+    assert "tp_size is left out: --engine-arg --tp fixes it" in sglang.notes(fixed)
 
 
 def test_an_open_loop_has_no_concurrency(sglang):
@@ -535,27 +537,94 @@ def test_limits_may_be_set_on_the_likelihood_itself(sglang, trained):
 # --- for good
 
 
-def test_the_command_names_only_what_differs_from_the_default(sglang):
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--tensor-parallel-size=2"], "tp_size"),
+        (["--cuda-graph-max-bs-d", "8"], "cuda_graph_max_bs"),
+        (["--disable-cuda-graph"], "disable_cuda_graph"),
+        (["--disable-decode-cuda-graph"], "disable_cuda_graph"),
+    ],
+    ids=" ".join,
+)
+def test_whatever_a_flag_is_called_it_takes_its_parameter_out_of_the_space(sglang, gpus, words, name):
+    gpus(H100, H100)
+    fixed = replace(ON_GPU, engine_args=tuple(words))
+    assert set(sglang.space(ON_GPU).names) - set(sglang.space(fixed).names) == {name}
+    assert sglang.notes(fixed) == [f"{name} is left out: --engine-arg {words[0].partition('=')[0]} fixes it"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--port", "9000"], "--engine-arg --port: tune chooses the port itself; leave it out"),
+        (["--host=0.0.0.0"], "--engine-arg --host: tune chooses the host itself; leave it out"),
+        (["--model", "m"], "--engine-arg --model: tune names the model itself, by its own --model; leave it out"),
+        (
+            ["--model-path=m"],
+            "--engine-arg --model-path: tune names the model itself, by its own --model; leave it out",
+        ),
+        (["--context-len", "9"], "--engine-arg --context-len: tune sets it to what the load needs; leave it out"),
+        (["--random-seed=1"], "--engine-arg --random-seed: tune sets it, by its own --seed; leave it out"),
+        (["--sampling-defaults=model"], "--engine-arg --sampling-defaults: tune sets it itself; leave it out"),
+        (
+            ["--load-format=auto"],
+            "--engine-arg --load-format: tune sets it, to let SGLang draw the weights; leave it out",
+        ),
+    ],
+    ids=str,
+)
+def test_what_tune_sets_itself_is_refused(sglang, words, sentence):
+    with pytest.raises(Refused) as raised:
+        sglang.space(replace(LOAD, engine_args=(*CPU, *words)))
+    assert str(raised.value) == sentence
+
+
+def test_the_command_names_only_what_differs_from_the_default(sglang, executable):
     default = sglang.space(LOAD).default()
     folder = shlex.quote(str(hugging_face.read(LOAD).folder))
-    start = f"python3 -m sglang.launch_server --model-path {folder} --load-format dummy"
-    assert sglang.command(default, LOAD) == f"{start} --device cpu --context-length 32"
+    start = f"{executable} -m sglang.launch_server --model-path {folder} --load-format dummy"
+    end = "--device cpu --port 30000 --host 127.0.0.1"
+    assert sglang.command(default, LOAD) == f"{start} {end}"
     changed = {**default, "max_running_requests": 4, "radix_cache": False}
-    assert sglang.command(changed, LOAD) == (
-        f"{start} --max-running-requests 4 --disable-radix-cache --device cpu --context-length 32"
-    )
+    assert sglang.command(changed, LOAD) == f"{start} --max-running-requests 4 --disable-radix-cache {end}"
 
 
-def test_the_service_is_the_official_image_on_a_gpu(sglang, gpus, tmp_path):
+def test_the_printed_command_runs_what_was_measured(sglang, gpus, tmp_path, monkeypatch):
+    """Started by a shell, it is the launch's program, and `/server_info` says the launch's settings."""
+    gpus(H100, H100)
+    target = replace(LOSSY, model=model_folder(tmp_path / "m"))
+    tuned = {"max_running_requests": 4, "chunked_prefill_size": 1024, "max_prefill_tokens": 4096, "tp_size": 2}
+    tuned |= {"schedule_policy": "lof", "schedule_conservativeness": 0.5, "radix_cache": False, "stream_interval": 4}
+    tuned |= {"mem_fraction_static": 0.7, "cuda_graph_max_bs": 64, "attention_backend": "triton", "page_size": 16}
+    tuned |= {"kv_cache_dtype": "fp8_e5m2", "quantization": "fp8"}
+    config = sglang.space(target).complete(tuned)
+    monkeypatch.setenv("FAKE_SGLANG_NOTE", str(tmp_path / "measured"))
+    with sglang.launch(config, target) as engine:
+        effective = {name: engine.effective[name] for name in tuned}
+    monkeypatch.setenv("FAKE_SGLANG_NOTE", str(tmp_path / "printed"))
+    port = free_port()
+    command = sglang.command(config, target).replace("--port 30000", f"--port {port}")
+    with typed_at_a_shell(command, port, tmp_path / "log") as endpoint:
+        said = sglang.read_back(sglang._server_info(endpoint), config)
+    assert {name: said[name] for name in tuned} == effective == tuned
+    assert noted(tmp_path / "printed").words[:3] == noted(tmp_path / "measured").words[:3]
+
+
+def test_the_service_is_the_official_image_on_a_gpu(sglang, gpus, executable, tmp_path):
     gpus(H100)
     model = model_folder(tmp_path / "m")
     target = replace(ON_GPU, model=model)
     service = sglang.service(sglang.space(target).complete({"stream_interval": 8}), target)
-    words = ("python3", "-m", "sglang.launch_server", "--model-path", model, "--stream-interval", "8")
+    words = ("-m", "sglang.launch_server", "--model-path", model, "--stream-interval", "8", "--port", "30000", "--host")
     assert service.image == "lmsysorg/sglang:v0.5.23"
-    assert service.argv == (*words, "--port", "30000", "--host", "127.0.0.1")
-    assert service.image_argv == (*words, "--port", "30000", "--host", "0.0.0.0")  # noqa: S104 - the container's own
+    assert service.argv == (str(executable), *words, "127.0.0.1")
+    assert service.image_argv == ("python3", *words, "0.0.0.0")  # noqa: S104 - the container's own
     assert (service.port, service.gpus, service.paths) == (30000, True, (model,))
+
+
+def test_an_executable_of_sglangs_is_printed_as_it_is_started(sglang, own):
+    assert shlex.split(sglang.command(sglang.space(LOAD).default(), LOAD))[:3] == [str(own), "serve", "--model-path"]
 
 
 def test_the_service_of_a_cpu_is_a_command(sglang):

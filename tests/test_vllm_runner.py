@@ -17,10 +17,13 @@ import numpy as np
 import psutil
 import pytest
 from contracts.runner_contract import RunnerContract
+from printed import noted, typed_at_a_shell
 
+from tuner.apply import FORMS, NEEDS, Launch, render
 from tuner.installed import Program
 from tuner.models import hugging_face
 from tuner.quality import TEXT
+from tuner.serving import free_port
 from tuner.space import Refused
 from tuner.trial import Judged, Target
 
@@ -287,11 +290,65 @@ def test_a_flag_that_engine_args_fix_is_not_tuned(vllm):
     fixed = replace(LOAD, engine_args=("--max-num-seqs", "4", "--no-enable-prefix-caching"))
     assert not {"max_num_seqs", "enable_prefix_caching"} & set(vllm.space(fixed).names)
     assert vllm.notes(fixed) == [
-        "max_num_seqs is left out: --engine-args fixes --max-num-seqs",
-        "enable_prefix_caching is left out: --engine-args fixes --enable-prefix-caching",
+        "max_num_seqs is left out: --engine-arg --max-num-seqs fixes it",
+        "enable_prefix_caching is left out: --engine-arg --no-enable-prefix-caching fixes it",
     ]
     assert vllm.identity(fixed)["engine_args"] == "--max-num-seqs 4 --no-enable-prefix-caching"
     assert "--max-num-seqs 4" in vllm.command(vllm.space(fixed).default(), fixed)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--max_num_seqs=4"], "max_num_seqs"),
+        (["--max-num-s", "4"], "max_num_seqs"),
+        (["--enforce-eager"], "compilation"),
+        (["--no-enforce-eager"], "compilation"),
+        (["-O3"], "compilation"),
+        (["-O", "3"], "compilation"),
+        (["--optimization-level=1"], "compilation"),
+    ],
+    ids=" ".join,
+)
+def test_whatever_a_flag_is_called_it_takes_its_parameter_out_of_the_space(vllm, words, name):
+    fixed = replace(LOAD, engine_args=tuple(words))
+    assert set(vllm.space(LOAD).names) - set(vllm.space(fixed).names) == {name}
+    assert vllm.notes(fixed) == [f"{name} is left out: --engine-arg {words[0].partition('=')[0]} fixes it"]
+
+
+@pytest.mark.parametrize("flag", ["-q", "--quantization", "-tp", "--tensor-parallel-size"])
+def test_short_names_count_on_a_gpu_too(vllm, gpus, tmp_path, flag):
+    gpus(("NVIDIA L4", 23034), ("NVIDIA L4", 23034))
+    trained = replace(LOSSY, model=str(model_folder(tmp_path / "m")))
+    fixed = replace(trained, engine_args=(flag, "2"))
+    assert len(set(vllm.space(trained).names) - set(vllm.space(fixed).names)) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--port", "9000"], "--engine-arg --port: tune chooses the port itself; leave it out"),
+        (["--port=9000"], "--engine-arg --port: tune chooses the port itself; leave it out"),
+        (["--host=0.0.0.0"], "--engine-arg --host: tune chooses the host itself; leave it out"),
+        (["--model", "m"], "--engine-arg --model: tune names the model itself, by its own --model; leave it out"),
+        (["--max_model_len=9"], "--engine-arg --max_model_len: tune sets it to what the load needs; leave it out"),
+        (["--max-model", "9"], "--engine-arg --max-model: tune sets it to what the load needs; leave it out"),
+        (["--seed=1"], "--engine-arg --seed: tune sets it, by its own --seed; leave it out"),
+        (["--generation-config=auto"], "--engine-arg --generation-config: tune sets it itself; leave it out"),
+        (["--no-disable-uvicorn-access-log"], "--no-disable-uvicorn-access-log: tune sets it itself; leave it out"),
+        (["--load-format=auto"], "--load-format: tune sets it, to let vLLM draw the weights; leave it out"),
+    ],
+    ids=str,
+)
+def test_what_tune_sets_itself_is_refused(vllm, words, sentence):
+    with pytest.raises(Refused) as raised:
+        vllm.space(replace(LOAD, engine_args=tuple(words)))
+    assert str(raised.value).endswith(sentence)
+
+
+def test_a_trained_model_may_be_loaded_in_any_format(vllm, tmp_path):
+    target = replace(LOAD, model=str(model_folder(tmp_path / "m")), engine_args=("--load-format", "auto"))
+    assert vllm.command(vllm.space(target).default(), target).endswith("--load-format auto")
 
 
 def test_an_open_loop_has_no_concurrency(vllm):
@@ -443,7 +500,7 @@ def test_every_tuned_flag_is_named_and_read_back(vllm, monkeypatch, tmp_path):
         os.close(kept)
     del changes["omp_threads"]
     assert effective == {**changes, "kv_cache_tokens": 77568}
-    _, scratch, words = (tmp_path / "note").read_text().splitlines()
+    _, scratch, words, *_ = (tmp_path / "note").read_text().splitlines()
     assert not Path(scratch).exists()
     for flag in ("--load-format dummy", "--max-model-len 32", "--generation-config vllm", "--host 127.0.0.1"):
         assert flag in words
@@ -639,31 +696,84 @@ def test_weights_that_the_engine_draws_are_not_judged_and_the_line_on_the_model_
 # --- for good
 
 
-def test_the_command_names_only_what_differs_from_the_default(vllm):
+def test_the_command_names_only_what_differs_from_the_default(vllm, executable):
     default = vllm.space(LOAD).default()
     folder = shlex.quote(str(hugging_face.read(LOAD).folder))
-    plain = vllm.command(default, LOAD)
-    assert plain.endswith(f"vllm serve {folder} --load-format dummy --max-model-len 32")
+    start = f"{executable} serve {folder} --host 127.0.0.1 --port 8000 --load-format dummy"
+    assert vllm.command(default, LOAD).endswith(f"{start} --max-model-len auto")
     assert vllm.command({**default, "max_num_seqs": 8, "enable_prefix_caching": False}, LOAD).endswith(
-        "--max-num-seqs 8 --no-enable-prefix-caching --max-model-len 32"
+        f"{start} --max-num-seqs 8 --no-enable-prefix-caching --max-model-len auto"
     )
 
 
-def test_the_service_is_the_official_image_on_a_gpu(vllm, gpus, tmp_path):
+def test_a_version_without_an_automatic_context_gets_no_limit(own, vllm, monkeypatch):
+    monkeypatch.setenv("FAKE_VLLM_LACKS", "--max-model-len")
+    assert "--max-model-len" not in vllm.command(vllm.space(LOAD).default(), LOAD)
+
+
+TUNED = {
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 1024,
+    "omp_threads": 1,
+    "compilation": "eager",
+    "enable_chunked_prefill": False,
+    "enable_prefix_caching": False,
+    "block_size": 64,
+    "stream_interval": 4,
+    "kv_cache_dtype": "fp8",
+    "dtype": "float16",
+}
+SET_BY_TUNE = ("OMP_NUM_THREADS", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND")
+
+
+def test_the_printed_command_runs_what_was_measured(vllm, log, tmp_path, monkeypatch):
+    """Started by a shell, the engine has the program and the variables, and says the settings, of the launch."""
+    config = vllm.space(LOSSY).complete(TUNED)
+    monkeypatch.setenv("FAKE_VLLM_NOTE", str(tmp_path / "measured"))
+    with vllm.launch(config, LOSSY) as engine:
+        effective = {name: engine.effective[name] for name in engine.effective if name in TUNED}
+    monkeypatch.setenv("FAKE_VLLM_NOTE", str(tmp_path / "printed"))
+    port = free_port()
+    command = vllm.command(config, LOSSY).replace("--port 8000", f"--port {port}")
+    with typed_at_a_shell(command, port, tmp_path / "log") as endpoint:
+        said = vllm.read_back((tmp_path / "log").read_text(), vllm._metrics(endpoint), config)
+    assert {name: said[name] for name in effective} == effective
+    assert effective.keys() == TUNED.keys() - {"omp_threads"}
+    measured, printed = noted(tmp_path / "measured"), noted(tmp_path / "printed")
+    assert {name: printed.env[name] for name in SET_BY_TUNE} == {name: measured.env[name] for name in SET_BY_TUNE}
+    assert printed.env["OMP_NUM_THREADS"] == "1"
+
+
+def test_every_form_has_the_variables_of_the_launch(vllm, gpus):
+    service = vllm.service(vllm.space(LOAD).complete({"omp_threads": 1}), LOAD)
+    assert service.env.keys() == set(SET_BY_TUNE)
+    assert service.env["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    # No image is known of a build for CPUs; what a form does with variables is no business of the engine's.
+    service = replace(service, image="an/image")
+    for form in (form for form in FORMS if NEEDS[form](service)):
+        text = render(form, Launch(name="x", about=(), command=service.command(), settings=(), gpus=0, service=service))
+        assert all(name in text for name in SET_BY_TUNE), form
+
+
+def test_what_the_user_has_set_for_the_cpu_stands_in_the_command_too(vllm, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    assert "VLLM_CPU_KVCACHE_SPACE=3 " in vllm.command(vllm.space(LOAD).default(), LOAD)
+
+
+def test_the_service_is_the_official_image_on_a_gpu(vllm, gpus, own, tmp_path):
     gpus(("NVIDIA L4", 23034))
     target = replace(LOAD, model=str(model_folder(tmp_path / "m")))
     service = vllm.service(vllm.space(target).complete({"max_num_seqs": 32}), target)
-    model = str(tmp_path / "m")
+    model, flags = str(tmp_path / "m"), ("--port", "8000", "--max-num-seqs", "32", "--max-model-len", "auto")
     assert service.image == "vllm/vllm-openai:v0.32.0"
-    assert service.image_argv == ("--model", model, "--port", "8000", "--max-num-seqs", "32")
-    assert service.argv == ("vllm", "serve", model, "--port", "8000", "--max-num-seqs", "32")
+    assert service.image_argv == ("--model", model, *flags)
+    assert service.argv == (str(own), "serve", model, "--host", "127.0.0.1", *flags)
     assert (service.port, service.gpus, service.paths, service.env) == (8000, True, (model,), {})
 
 
-def test_the_service_of_a_cpu_build_is_a_command_with_its_variables(vllm):
-    service = vllm.service(vllm.space(LOAD).complete({"omp_threads": 1}), LOAD)
+def test_the_service_of_a_cpu_build_is_a_command(vllm):
+    service = vllm.service(vllm.space(LOAD).default(), LOAD)
     assert (service.image, service.image_argv, service.gpus) == (None, (), False)
-    assert service.env == {"OMP_NUM_THREADS": "1"}
 
 
 # --- what the engine says
@@ -694,6 +804,34 @@ def test_vllm_itself_runs_the_load_and_reads_back_what_it_was_told(vllm, log):
     assert {name: effective[name] for name in changes} == changes
     assert [(w.units, w.prompt_tokens, w.failed_requests) for w in works] == [(32, 128, 0)] * 2
     assert all(len(w.itl_seconds) == 4 * 7 for w in works)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(REAL is None, reason="TUNE_VLLM names no vLLM: no printed command was typed for it")
+def test_the_printed_command_starts_vllm_itself_as_it_was_measured(vllm, log, tmp_path):
+    """Also where one request of the model's whole context would not fit the cache."""
+    folder = tmp_path / "m"
+    shutil.copytree(hugging_face.read(LOAD).folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1_000_000}))
+    target = replace(LOAD, model=str(folder), dummy_weights=True)
+    tuned = {"compilation": "eager", "max_num_seqs": 2, "stream_interval": 2, "enable_prefix_caching": False}
+    config = vllm.space(target).complete({**tuned, "omp_threads": 1})
+    with vllm.launch(config, target) as engine:
+        effective = dict(engine.effective)
+    port = free_port()
+    command = vllm.command(config, target).replace("--port 8000", f"--port {port}")
+    with typed_at_a_shell(command, port, tmp_path / "printed", seconds=600) as endpoint:
+        said = vllm.read_back((tmp_path / "printed").read_text(), vllm._metrics(endpoint), config)
+        (model,) = endpoint.ask(f"{endpoint.prefix}/models")["data"]
+        answer = endpoint.ask(
+            f"{endpoint.prefix}/completions", {"model": model["id"], "prompt": [600, 601], "max_tokens": 3}
+        )
+    # It counts tokens by whole requests, and those of the load were shorter than a block.
+    del said["kv_cache_tokens"]
+    assert tuned.items() <= said.items() <= effective.items()
+    assert 32 < model["max_model_len"] < 1_000_000
+    assert answer["usage"]["completion_tokens"] == 3
 
 
 def trained_folder(vllm, folder):

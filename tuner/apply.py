@@ -23,14 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from tuner.assemble import asked
+from tuner.assemble import asked, client_of, launch_text
 from tuner.confirm import concluded, shortened, shown_by
 from tuner.control import commands, split
 from tuner.export import write
 from tuner.files import find, load_runner, shipped
 from tuner.journal import Study
 from tuner.machine import differences
-from tuner.space import Config, Refused, closest, excerpt
+from tuner.space import Config, Refused, closest, excerpt, show
 from tuner.summary import changes_text, clean
 from tuner.trial import Runner, Service, Target
 
@@ -117,34 +117,46 @@ def launch_of(study: Study, chosen: Chosen, say: Say) -> Launch:
     if not shipped(path):
         say(f"running the code of {path}")
     runner = load_runner(path)
-    here = asked(path, "identity", lambda: runner.identity(header.target))
+    engine, settings = split(chosen.config)
+    client = client_of(path, runner, engine, study)
+    here = asked(path, "identity", lambda: runner.identity(header.target)) if client is None else study.identity
     if changed := differences(study.identity, here, sorted({*study.identity, *here})):
         say(f"tuned with another engine or model than there is now: {'; '.join(changed)}")
-    engine, settings = split(chosen.config)
     ran = " ".join(filter(None, (here.get("engine"), here.get("engine_version"))))
     usual = {str(row["name"]): row["default"] for row in study.space}
     boards = [board for key, board in study.machine.items() if re.fullmatch(r"gpu\d+", key)]
     uuids = [match[1] for board in boards if (match := re.search(r"\(([\w-]+)\)$", board))]
     tuned = {name: value for name, value in settings.items() if value != usual.get(name)}
     changes = changes_text(chosen.config, usual, [n for n in chosen.config if chosen.config[n] != usual.get(n)])  # type: ignore[arg-type]  # a record's defaults are values
+    if part := "" if client else _clients_part(study, engine):
+        say(part)
     return Launch(
         name=_name(header.name),
         about=(
             f"made by `tune apply` from the study {header.name}",
             f"engine: {ran}, model: {here.get('model', '')}",
             f"changes from the default: {changes or 'none'}",
+            part,
             chosen.said,
         ),
-        command=asked(path, "command", lambda: runner.command(engine, header.target)),
+        command=launch_text(path, runner, engine, study),
         settings=tuple(commands(tuned, uuids)),
         gpus=len(boards),
-        service=_service(path, runner, engine, header.target),
+        service=_service(path, runner, engine, header.target) if client is None else client,
     )
 
 
 def _service(path: Path, runner: Runner, config: Config, target: Target) -> Service:
     of = getattr(runner, "service", None)
     return asked(path, "service", lambda: of(config, target)) if of else Service()
+
+
+def _clients_part(study: Study, config: Config) -> str:
+    """What a changed `concurrency` asks of whoever sends the requests; empty where nothing."""
+    own = {row["name"]: row["default"] for row in study.space if row.get("scope") == "request"}
+    if config.get("concurrency", own.get("concurrency")) == own.get("concurrency"):
+        return ""
+    return f"concurrency is the client's part: keep {show(config['concurrency'])} requests in flight at a time"
 
 
 def _name(text: str) -> str:
@@ -170,6 +182,17 @@ def render(form: str, launch: Launch) -> str:
     except UnicodeEncodeError as error:
         raise Refused(f"--as {form}: a name in it is no text ({excerpt(text[error.start : error.end])})") from error
     return text
+
+
+def not_here(form: str, launch: Launch) -> str | None:
+    """The program that a form starts, where this machine has none of that name; None where it has."""
+    service = launch.service
+    if form not in ("command", "systemd") or not service.argv:
+        return None
+    if shutil.which(_program(service.argv[0], service.folder)):
+        return None
+    either = "; --as python does without" if service.python else ""
+    return f"{excerpt(service.argv[0])} is not found on this machine: install it first{either}"
 
 
 def save(text: str, destination: Path, *, force: bool) -> None:
@@ -224,7 +247,7 @@ def _systemd(launch: Launch) -> str:
     words = [systemd_word(program, command=False), *map(systemd_word, service.argv[1:])]
     lines = [
         "[Unit]",
-        f"Description={_line(launch.name)}: {_line(service.argv[0])} as tune found it",
+        f"Description={_line(launch.name)}: the setting that tune found",
         "After=network-online.target",
         "Wants=network-online.target",
         "",

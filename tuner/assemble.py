@@ -25,7 +25,7 @@ from tuner.proposers import CLASSICAL, open_classical
 from tuner.proposers.first import DefaultFirst
 from tuner.proposers.llm import Keep, Llm, Lose, View, forget, nobody, read_template, render
 from tuner.proposers.review import forbidden
-from tuner.space import Refused, SearchSpace, excerpt, show
+from tuner.space import Config, Refused, SearchSpace, excerpt, show
 from tuner.study import Threshold
 from tuner.summary import load_text
 from tuner.trial import (
@@ -40,6 +40,7 @@ from tuner.trial import (
     Proposer,
     Reply,
     Runner,
+    Service,
     Target,
     Trial,
     Unit,
@@ -261,6 +262,23 @@ def asked(runner: Path, question: str, answer: Callable[[], T]) -> T:
         raise
     except Exception as error:
         raise Refused(f"{runner}: its {question}() failed ({type(error).__name__}: {error})") from error
+
+
+def launch_text(path: Path, runner: Runner, config: Config, study: Study) -> str:
+    """The engine's own command for `config`, or what a client does where no engine is started."""
+    if (found := client_of(path, runner, config, study)) is not None:
+        return found.command()
+    return asked(path, "command", lambda: runner.command(config, study.header.target))
+
+
+def client_of(path: Path, runner: Runner, config: Config, study: Study) -> Service | None:
+    """The client of a server that is not the runner's to start, from the journal alone; None for an engine."""
+    of = getattr(runner, "client", None)
+    if of is None:
+        return None
+    ran = next((trial.effective for trial in reversed(study.history.trials) if trial.effective), {})
+    found: Service = asked(path, "client", lambda: of(config, study.header.target, {**ran, **study.identity}))
+    return found
 
 
 GPU_WARM_UP_SECONDS = (10.0, 120.0)

@@ -118,7 +118,8 @@ EngineArg = Annotated[
     list[str] | None,
     typer.Option(
         metavar="WORD",
-        help="Further argument of the engine, the same for every trial. Repeatable.",
+        help="Further argument of the engine, the same for every trial. The flag of a parameter takes it out of the"
+        " space (`--pin` holds it there); what tune sets itself is refused. Repeatable.",
         rich_help_panel=LOAD,
     ),
 ]
@@ -865,7 +866,7 @@ def apply(
 
     Exit code 2: no saving is confirmed, or the engine does not offer this form.
     """
-    from tuner.apply import choose, launch_of, render, save
+    from tuner.apply import choose, launch_of, not_here, render, save
     from tuner.journal import read
 
     with _screen() as screen:
@@ -873,8 +874,11 @@ def apply(
             raise Refused("--force: it goes with --output FILE")
         found = read(study)
         chosen = choose(found, unconfirmed=unconfirmed)
-        text = render(form, launch_of(found, chosen, screen.say))
+        launch = launch_of(found, chosen, screen.say)
+        text = render(form, launch)
         (screen.say if chosen.confirmed else screen.warn)(chosen.said)
+        if lack := not_here(form, launch):
+            screen.warn(lack)
         if output is None:
             typer.echo(text, nl=False)
             return

@@ -16,7 +16,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,10 +179,12 @@ class Flag:
     choices: tuple[str, ...]
     """Empty where it does not list them."""
     default: str | None
+    text: str = field(default="", compare=False, repr=False)
+    """The whole entry, on one line."""
 
 
 _ENTRY = re.compile(r"^  -")
-_NAME = re.compile(r"(?<![\w-])--[a-z0-9][\w-]*")
+_NAME = re.compile(r"(?<![\w-])(?:--[a-z0-9][\w-]*|-[A-Za-z][A-Za-z-]*)")
 
 
 def parse_help(text: str) -> dict[str, Flag]:
@@ -197,8 +199,8 @@ def parse_help(text: str) -> dict[str, Flag]:
             whole = " ".join(line.strip() for line in entry)
             listed = re.search(r"\{([^}]*)\}", head)
             default = re.search(r"\(default: (.*?)\)\s*$", whole)
-            flag = Flag(tuple(listed[1].split(",")) if listed else (), default[1].strip() if default else None)
-            flags.update(dict.fromkeys(_NAME.findall(head), flag))
+            flag = Flag(tuple(listed[1].split(",")) if listed else (), default[1].strip() if default else None, whole)
+            flags.update(dict.fromkeys(_NAME.findall(re.sub(r"\{[^}]*\}", "", head)), flag))
 
     for line in text.splitlines():
         if _ENTRY.match(line):
@@ -211,6 +213,55 @@ def parse_help(text: str) -> dict[str, Flag]:
             entry = []
     finish()
     return flags
+
+
+# --- further arguments -----------------------------------------------------------------------
+
+
+def given_flags(words: Sequence[str], known: Collection[str], *, argparse: bool) -> dict[str, str]:
+    """The flags among the words of `--engine-arg`: each as it was written, under the name that the help gives it.
+
+    Args:
+        words: `--port=80`, or `--port` and `80`.
+        known: every name of every flag.
+        argparse: Python's, which takes the beginning of a long name for it, and a value right after a letter.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        written = word.partition("=")[0]
+        if not re.match(r"--?[A-Za-z]", written):
+            continue
+        # Both kinds of engine take `_` for `-`; what follows a dot is a field of the flag's JSON.
+        name = written.partition(".")[0].replace("_", "-") if written.startswith("--") else written
+        names = {name} & {*known}
+        if not names and argparse:
+            whole = name.startswith("--")
+            names = {k for k in known if (k.startswith(name) if whole else len(k) == 2 and name.startswith(k))}
+        found.update(dict.fromkeys(names or {name}, written))
+    return found
+
+
+def refuse_reserved(given: Mapping[str, str], reserved: Mapping[str, str], flags: Mapping[str, object]) -> None:
+    """Nothing that tune sets itself may be given once more.
+
+    Args:
+        given: of `given_flags`.
+        reserved: why, by flag, as the sentence that follows it.
+        flags: the help's entries, by every name.
+
+    Raises:
+        Refused: the first that is given, by whatever name.
+    """
+    for flag, why in reserved.items():
+        for name in sorted(names_of(flag, flags) & given.keys()):
+            raise Refused(f"--engine-arg {cut(given[name], 80)}: {why}; leave it out")
+
+
+def names_of(flag: str, flags: Mapping[str, object]) -> frozenset[str]:
+    """A flag's names: all of its entry in the help, and its negation."""
+    entry = flags.get(flag)
+    same = {name for name, other in flags.items() if other is entry} if entry is not None else set()
+    return frozenset({flag, flag.replace("--", "--no-", 1), *same})
 
 
 # --- the machine -----------------------------------------------------------------------------

@@ -48,7 +48,7 @@ class Limit:
         known = list(columns)
         match = cls._GRAMMAR.fullmatch(text)
         if match is None or not math.isfinite(float(match[3])):
-            raise Refused(f"limit {excerpt(text)}: expected COLUMN<=NUMBER or COLUMN>=NUMBER")
+            raise Refused(f"limit {excerpt(text)}: expected METRIC<=NUMBER or METRIC>=NUMBER")
         if match[1] not in known:
             raise Refused(
                 f"limit {excerpt(text)}: no metric is called {excerpt(match[1])}{closest(match[1], known)}"

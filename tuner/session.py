@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tuner.assemble import Bench, asked, open_proposer, own_load, thorough
+from tuner.assemble import Bench, launch_text, open_proposer, own_load, thorough
 from tuner.checks import doubts
 from tuner.confirm import (
     MOST_PRUNE_PAIRS,
@@ -366,8 +366,7 @@ class Session:
         engine, settings = split(config)
         changed = {name: value for name, value in settings.items() if name in self.bench.space.changes(config)}
         typed = commands(changed, self.control.uuids if self.control else ())
-        launch = asked(self.bench.runner_path, "command", lambda: self.bench.runner.command(engine, self.header.target))
-        return "\n".join([*typed, launch])
+        return "\n".join([*typed, launch_text(self.bench.runner_path, self.bench.runner, engine, self.journal.study)])
 
 
 def changeable(space: SearchSpace) -> frozenset[str]:

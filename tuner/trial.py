@@ -12,6 +12,7 @@ counters are integers of microjoules.
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -173,14 +174,25 @@ class Service:
     modelfile: str | None = None
     """Ollama's own form."""
 
+    def command(self) -> str:
+        """The command with its folder and variables, as a person types it: one line for a shell."""
+        before = [
+            *(["-C", self.folder] if self.folder else []),
+            *(f"{name}={value}" for name, value in self.env.items()),
+        ]
+        words = [*(["env", *before] if before else []), *self.argv]
+        # A line break in a word is legal and would make two lines of one command.
+        return shlex.join(words).replace("\n", "'$'\\n''")
+
 
 class Runner(Protocol):
     """A file in `runners/`: four functions at module level.
 
-    Five more are asked for where a runner has them: `describe(target)` is a sentence on the model, `load(target)` one
+    Six more are asked for where a runner has them: `describe(target)` is a sentence on the model, `load(target)` one
     on a load that is not the target's, `metrics(target)` names the figures of its own that limits may be set on,
-    `lacks(target)` those of every engine that this one never reports, each with the reason and the way on, and
-    `service(config, target)` gives a `Service`.
+    `lacks(target)` those of every engine that this one never reports, each with the reason and the way on,
+    `service(config, target)` gives a `Service`, and so does `client(config, target, said)` of one that starts no
+    engine: `said` is what the journal holds of `identity` and of what the engine named, and nobody is asked again.
     """
 
     def space(self, target: Target) -> SearchSpace:

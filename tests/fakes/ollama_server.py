@@ -2,9 +2,11 @@
 
 As in Ollama 0.31 and later, a model is loaded by the first request that needs it, again when its options differ, and
 the log then holds the llama-server's own lines; FAKE_OLLAMA_ERA=old gives those of the runner before. Stricter than
-Ollama in two things: an option or a variable that it does not know is an error, not a warning.
+Ollama in two things: an option or a variable that it does not know is an error, not a warning. `list` and `create` ask
+the server at OLLAMA_HOST, as Ollama's client does.
 """
 
+import http.client
 import json
 import os
 import posix
@@ -101,15 +103,24 @@ class Handler(Engine.handler):
         if self.path == "/api/version":
             return self.reply(503 if self.served.mode == "unhealthy" else 200, {"version": "0.40.16"})
         if self.path == "/api/tags":
-            return self.reply(200, {"models": [] if self.served.mode == "empty" else [MODEL]})
+            made = [{**MODEL, "name": name, "model": name} for name in self.served.made]
+            return self.reply(200, {"models": [] if self.served.mode == "empty" else [MODEL, *made]})
         if self.path == "/":
             return self.reply(200, "Ollama is running", "text/plain")
         return self.reply(404, "404 page not found", "text/plain")
 
     def do_POST(self):  # noqa: N802 - http.server's name
         if self.path == "/api/show":
-            self.rfile.read(int(self.headers["Content-Length"]))
-            return self.reply(200, {"details": MODEL["details"], "model_info": INFO})
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            own = self.served.made.get(asked["model"], {})
+            parameters = "\n".join(f"{name} {value}" for name, value in own.items())
+            return self.reply(200, {"details": MODEL["details"], "model_info": INFO, "parameters": parameters})
+        if self.path == "/api/create":
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if asked["from"] != MODEL["name"]:
+                return self.error(404, f"model '{asked['from']}' not found")
+            self.served.made[f"{asked['model']}:latest"] = asked["parameters"]
+            return self.reply(200, {"status": "success"})
         if self.path != "/api/generate":
             return self.reply(404, "404 page not found", "text/plain")
         return super().do_POST()
@@ -186,10 +197,32 @@ class Ollama(Engine):
     loaded, loads = None, 0
 
 
+def client(words):
+    """`ollama list` and `ollama create NAME -f FILE`."""
+    asked = ("GET", "/api/tags")
+    if words != ["list"]:
+        _, name, _, file = words
+        lines = [line.split(maxsplit=2) for line in Path(file).read_text().splitlines() if not line.startswith("#")]
+        body = {"model": name, "from": next(line[1] for line in lines if line[0] == "FROM")}
+        body["parameters"] = {line[1]: int(line[2]) for line in lines if line[0] == "PARAMETER"}
+        asked = ("POST", "/api/create", json.dumps(body))
+    server = http.client.HTTPConnection(os.environ["OLLAMA_HOST"], timeout=20)
+    try:
+        server.request(*asked)
+        with server.getresponse() as answer:
+            print(answer.read().decode())
+            raise SystemExit(answer.status != 200)
+    except OSError as error:
+        say(f"Error: {error}")
+        raise SystemExit(1) from error
+
+
 def main():
     words = sys.argv[1:]
     if words == ["--version"]:
         return print("ollama version is 0.40.16")
+    if words == ["list"] or (words[:1] == ["create"] and words[2:3] == ["-f"] and len(words) == 4):
+        return client(words)
     if words != ["serve"]:
         say(f'Error: unknown command "{" ".join(words)}" for "ollama"')
         raise SystemExit(1)
@@ -217,7 +250,7 @@ def main():
         last_words="ggml_backend_cuda_buffer_type_alloc_buffer: allocating 50 MiB on device 0: cudaMalloc failed: out "
         "of memory",
     )
-    engine.lock = threading.Lock()
+    engine.lock, engine.made = threading.Lock(), {}
     say(f'{STAMP} source=routes.go:2004 msg="Listening on 127.0.0.1:{address[1]} (version 0.40.16)"')
     return serve(engine, mode, NOTE)
 

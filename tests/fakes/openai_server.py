@@ -206,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.reply(200, answer)
 
     def at_once(self, asked, prompt, mode):
-        """Several prompts of token ids, each with its own answer, as vLLM 0.32 gives them."""
+        """Prompts of token ids or a text, each with its own answer, as vLLM 0.32 gives them; or a chat's."""
         if mode == "reset-unstreamed":
             self.close_connection = True
             return None
@@ -224,7 +224,10 @@ class _Handler(BaseHTTPRequestHandler):
                 choice["prompt_logprobs"] = [None, *({str(i): told} for i in ids[1:])]
                 if mode == "other-tokens":
                     choice["prompt_logprobs"] = [None, *({"1": told} for _ in ids[1:])]
+            if self.path.endswith("/chat/completions"):
+                choice["message"] = {"role": "assistant", "content": choice.pop("text")}
             choices.append(choice)
+        time.sleep(self.served.token_seconds * asked["max_tokens"])
         if mode == "one-choice":
             choices = choices[:1]
         usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": asked["max_tokens"] * len(prompts)}

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+from launcher import leave_note
 from openai_server import CUDA_OUT_OF_MEMORY, Engine
 
 HELP = Path(__file__).with_name("vllm_help.txt").read_text()
@@ -71,8 +72,7 @@ def log(line, process="APIServer", level="INFO"):
 
 def serve(model, arguments):
     mode = os.environ.get("FAKE_VLLM", "ok")
-    if note := os.environ.get("FAKE_VLLM_NOTE"):
-        Path(note).write_text(f"{os.getpid()}\n{os.environ.get('TMPDIR', '')}\n{' '.join(sys.argv)}\n")
+    leave_note("FAKE_VLLM_NOTE")
     log(f"non-default args: {dict(model_tag=model, model=model, **arguments)}")
     batched = arguments.get("max_num_batched_tokens", 2048)
     if arguments.get("max_num_seqs", 1) > batched:
