@@ -284,9 +284,7 @@ class RunningServer:
                 raise
             except RequestFailed as fault:
                 if fault.status is None:
-                    raise Refused(
-                        f"{fault}; its own log says why, start it again where it hangs or has ended"
-                    ) from fault
+                    raise Refused(f"{fault}; its own log may say why; start it again") from fault
                 # Some answer HTTP 500 to a form of prompt that they do not know.
                 faults.append(fault)
             except (RuntimeError, Refused) as fault:

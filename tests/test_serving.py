@@ -653,7 +653,7 @@ WRONG = {
     "list-details": 'streams counts that cannot be read: [{"completion_tokens": 6',
     "infinite": 'streams counts that cannot be read: [{"completion_tokens": Infinity',
     "no-time": "streams counts that cannot be read: [{",
-    "endless": "does not end an answer: 269 pieces came for a request of 6 tokens, so it does not heed max_tokens; tune",
+    "endless": "does not end an answer: 269 pieces came for a request of 6 tokens, so it does not heed max_tokens",
     "stall": "hangs: it began an answer and sent no more of it for 0.5 s",
     "403": "answered HTTP 403: Forbidden; put its key into TUNE_SERVER_KEY",
     "odd-usage": "streams counts that cannot be read",
