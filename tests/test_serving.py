@@ -432,6 +432,13 @@ def test_the_key_is_sent_and_shown_nowhere():
     assert "hidden" not in f"{caught.value}{endpoint}{endpoint!r}"
 
 
+def test_an_engine_of_our_own_that_wants_a_key_is_refused_with_another_way_on():
+    with Engine("401") as engine:
+        endpoint = replace(Endpoint.parse(engine.url), engine="vLLM")
+        with pytest.raises(Refused, match="HTTP 401: Unauthorized; tune sends none to an engine that it starts: leave"):
+            Client(endpoint, LOAD).run_pass()
+
+
 def test_models_lists_what_is_offered_and_says_what_is_no_such_server():
     with Engine("two-models") as engine:
         assert models(Endpoint.parse(engine.url)) == ("m", "n")
