@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -292,6 +293,19 @@ def test_an_engine_is_ready_once_its_health_is_200(log):
             wait_ready(f"http://127.0.0.1:{port}", server, timeout_seconds=0.3)
     finally:
         server.stop()
+
+
+def test_a_strangers_answer_on_its_port_does_not_make_an_engine_ready(log):
+    with Engine() as stranger:
+        port = urlsplit(stranger.url).port
+        # As engines do that bind their port last: it loads, and finds the port taken.
+        server = python(f"import socket, time; time.sleep(0.6); socket.create_server(('127.0.0.1', {port}))")
+        try:
+            with pytest.raises(RuntimeError, match="Address already in use"):
+                wait_ready(stranger.url, server, timeout_seconds=20)
+            assert server.port_is_taken()
+        finally:
+            server.stop()
 
 
 CAUSES = {

@@ -381,6 +381,33 @@ def free_port() -> int:
         return port
 
 
+STRANGER_SECONDS = 60.0
+"""How long an answer that no process of the engine's group can have given is taken for a stranger's: an engine in a
+container is outside the group."""
+
+
+def _listens(group: int, port: int) -> bool:
+    """Whether a process of this group listens on a TCP port; True where the system does not say who does."""
+    sockets = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                # Address and port in hexadecimal, state 0A for one that listens, and the inode (proc(5)).
+                _, local, _, state, _, _, _, _, _, inode, *_ = line.split()
+                if state == "0A" and int(local.rpartition(":")[2], 16) == port:
+                    sockets.add(f"socket:[{inode}]")
+    if not sockets:
+        return True
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if os.getpgid(int(entry.name)) == group:
+                for descriptor in (entry / "fd").iterdir():
+                    with contextlib.suppress(OSError):
+                        if str(descriptor.readlink()) in sockets:
+                            return True
+    return False
+
+
 def wait_ready(url: str, server: Server, *, timeout_seconds: float = 1800.0, path: str = "/health") -> None:
     """Ask for `path` until the answer is 200.
 
@@ -396,7 +423,7 @@ def wait_ready(url: str, server: Server, *, timeout_seconds: float = 1800.0, pat
     """
     endpoint = Endpoint.parse(url)
     give_up = time.monotonic() + timeout_seconds
-    answer = "nothing"
+    answer, stranger_until = "nothing", 0.0
     while True:
         if server.end() is not None:
             raise server.ended("while loading")
@@ -407,10 +434,12 @@ def wait_ready(url: str, server: Server, *, timeout_seconds: float = 1800.0, pat
         except http.client.HTTPException:
             answer = "no HTTP"
         else:
-            # The engine may have ended because somebody else listens here, who would have answered.
-            if status == http.HTTPStatus.OK and server.end(POLL_SECONDS) is None:
-                return
             answer = f"HTTP {status}"
+            # Somebody else may listen here, who would have answered: the engine then ends, as soon as it tries to.
+            if status == http.HTTPStatus.OK and server.end(POLL_SECONDS) is None:
+                stranger_until = stranger_until or time.monotonic() + STRANGER_SECONDS
+                if _listens(server.pid, endpoint.port) or time.monotonic() > stranger_until:
+                    return
         if time.monotonic() > give_up:
             raise RuntimeError(
                 f"{server.name} was not ready after {timeout_seconds:g} s: GET {path} brought {answer}; "
