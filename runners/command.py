@@ -37,6 +37,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,7 +64,8 @@ from tuner.space import (
     excerpt,
     show,
 )
-from tuner.trial import Service, Target, Unit, Work
+from tuner.supervise import out_of_memory_kills
+from tuner.trial import EngineError, Service, Target, Unit, Work
 
 PASS_SECONDS = 300.0
 READY_SECONDS = 120.0
@@ -86,6 +88,12 @@ KILL_SECONDS = 5.0
 """How long a killed process is waited for: one that is stuck in a driver may never go."""
 
 POLL_SECONDS = 0.05
+
+REGEX_SECONDS = 5.0
+"""How long a regular expression may search what a command printed: one with nested repeats may never end."""
+
+MOST_UNITS = 2**53
+"""Beyond it, not every whole number is a float."""
 
 SERVICE_PORT = 8080
 
@@ -588,7 +596,10 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # A whole number beyond every float is none that anything here could do with.
+    with contextlib.suppress(OverflowError):
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return False
 
 
 def _is_words(value: Any) -> bool:
@@ -1171,13 +1182,28 @@ def launch(config: Config, target: Target) -> Iterator[CommandEngine]:
 
     Raises:
         RuntimeError: a command failed, or did not say what it did.
+        Refused: it did so with the defaults, which the search begins with.
     """
+    spec = spec_of(target)
     with contextlib.ExitStack() as stack:
-        engine = CommandEngine(spec_of(target), config, target, stack)
-        engine.start()
-        # Files come into the cache, and what the output lacks is said before anything is measured.
-        engine.run_pass()
+        engine = CommandEngine(spec, config, target, stack)
+        try:
+            engine.start()
+            # Files come into the cache, and what the output lacks is said before anything is measured.
+            engine.run_pass()
+        except Misfit as misfit:
+            # Another value may mend it, but the search begins with the defaults and is held against them.
+            if any(config.get(p.name, p.default) != p.default for p in spec.parameters):
+                raise
+            raise Refused(f"{misfit}; mend it or {spec.path.name}, and try by hand: {engine.by_hand()}") from misfit
         yield engine
+
+
+class Misfit(EngineError):
+    """The command and its file do not fit: it ended as it should not, or does not print what the file says."""
+
+
+BEFORE_READY = "before it was ready"
 
 
 class CommandEngine:
@@ -1204,8 +1230,8 @@ class CommandEngine:
             return
         values = self._filled()
         url = fill(ready.url, values) if ready.url else None
-        if url and _answers(url):
-            raise RuntimeError(
+        if url and _good(_status(url)):
+            raise Refused(
                 f"{url} answers already, before the server is started: another program listens there;"
                 " write {port} for a free port"
             )
@@ -1218,19 +1244,21 @@ class CommandEngine:
             endless=True,
         )
         give_up = time.monotonic() + ready.timeout_seconds
-        seen = ""
+        seen, status = "", None
         while True:
-            self._check_server("before it was ready")
+            self._check_server(BEFORE_READY)
             if url:
-                if _answers(url):
+                if _good(status := _status(url)):
                     return
             elif ready.regex and (text := self._server.output()) != seen:
                 seen = text
-                if ready.regex.search(text):
-                    return
+                with bounded(ready.regex, "ready.regex"):
+                    if ready.regex.search(text):
+                        return
             if time.monotonic() > give_up:
                 pattern = excerpt(ready.regex.pattern) if ready.regex else ""
-                sign = f"{url} does not answer" if url else f"nothing that it prints matches {pattern}"
+                answer = f"answers HTTP {status}, expected 200 to 299" if status else "does not answer"
+                sign = f"{url} {answer}" if url else f"nothing that it prints matches {pattern}"
                 raise RuntimeError(
                     f"the server was not ready after {ready.timeout_seconds:g} s (ready.timeout):"
                     f" {sign}{_ending(self._server.output())}"
@@ -1241,7 +1269,8 @@ class CommandEngine:
         if self._server and (ended := self._server.wait(0.0)) is not None:
             label = self._label(self._spec.command)
             cause = ended.cause(label) or f"{label} ended with exit status 0"
-            raise RuntimeError(f"the server ended {when}: {cause}")
+            kind = Misfit if when == BEFORE_READY and ended.is_its_own else RuntimeError
+            raise kind(f"the server ended {when}: {cause}")
 
     def _filled(self) -> dict[str, str]:
         return _values(self._spec, self._config, self._target, self._port)
@@ -1249,6 +1278,16 @@ class CommandEngine:
     def _label(self, step: Step) -> str:
         words = shlex.join(_argv(self._spec, step.argv, self._filled()))
         return words if len(words) <= 60 else f"{words[:57]}..."
+
+    def by_hand(self) -> str:
+        """The commands of this configuration for a shell, in their folder; a server's is followed by its load."""
+        values = self._filled()
+        steps = list(self._spec.steps())
+        typed = []
+        for step in steps:
+            env = [f"{name}={value}" for name, value in _env(step, values).items()]
+            typed.append(shlex.join([*(["env", *env] if env else []), *_argv(self._spec, step.argv, values)]))
+        return f"cd {shlex.quote(str(steps[0].folder))} && {' & '.join(typed)}".replace("\n", "'$'\\n''")
 
     def change(self, config: Config) -> None:
         """Go on with `config`: the next pass starts its command with it. A server's own parameters need a launch."""
@@ -1282,12 +1321,12 @@ class CommandEngine:
             )
         if cause := ended.cause(label):
             self._check_server(f"while the load ran, and then {cause}")
-            raise RuntimeError(cause)
+            raise Misfit(cause) if ended.is_its_own else RuntimeError(cause)
         said = Said(label, self._keeper.output())
         self._check_server("during a pass")
         units = said.units(spec.units, spec.unit)
         if spec.expected is not None and units != spec.expected:
-            raise RuntimeError(f"{label} made {units} {spec.unit}s, units.expected is {spec.expected}")
+            raise Misfit(f"{label} made {units} {spec.unit}s, units.expected is {spec.expected}")
         self.effective = {name: said.value(figure) for name, figure in spec.effective.items()}
         timings = spec.timings
         several: dict[str, Any] = {name: said.numbers(timings[name]) for name in _TIMINGS[:3] if name in timings}
@@ -1308,17 +1347,21 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _answers(url: str) -> bool:
-    """Whether there is an answer of 200 to 299. Not through a proxy: the server is here."""
+def _status(url: str) -> int | None:
+    """The status of the answer; None where there is none in HTTP. Not through a proxy: the server is here."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=1.0)
     try:
         connection.request("GET", f"{parts.path or '/'}{'?' + parts.query if parts.query else ''}")
-        return 200 <= connection.getresponse().status < 300
+        return connection.getresponse().status
     except (OSError, http.client.HTTPException, ValueError):
-        return False
+        return None
     finally:
         connection.close()
+
+
+def _good(status: int | None) -> bool:
+    return status is not None and 200 <= status < 300
 
 
 def _ending(text: str) -> str:
@@ -1329,6 +1372,32 @@ def _ending(text: str) -> str:
 
 
 # --- what a command says ---------------------------------------------------------------------
+
+
+@contextmanager
+def bounded(regex: re.Pattern[str], where: str) -> Iterator[None]:
+    """A search that is given up after `REGEX_SECONDS`.
+
+    The search itself looks for signals, so that an alarm ends it. Only the main thread has them, and a worker's
+    commands run there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def give_up(*_: object) -> NoReturn:
+        raise Misfit(
+            f"{where} {excerpt(regex.pattern)} takes longer than {REGEX_SECONDS:g} s to search what was printed;"
+            r" write it without a repeat inside a repeat, such as (\d+)+"
+        )
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, REGEX_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Said:
@@ -1347,8 +1416,7 @@ class Said:
     def _found(self, figure: Figure) -> Any:
         """What stands where the figure is looked for."""
         if figure.regex is not None:
-            matches = figure.regex.findall(self._text)
-            if matches:
+            if matches := self._matches(figure):
                 return matches[-1]
             raise self._missing(figure)
         holding = [value for d in self._documents if (value := _at(d, figure.json)) is not None]
@@ -1358,14 +1426,19 @@ class Said:
             raise self._missing(figure)
         if len(holding) > 1:
             path = excerpt(".".join(figure.json))
-            raise RuntimeError(
+            raise Misfit(
                 f"{self._label} printed {len(holding)} JSON lines with {path} ({figure.where}):"
                 f" {excerpt(holding[0], 30)}, ..., {excerpt(holding[-1], 30)}; expected one"
             )
         return holding[0]
 
-    def _missing(self, figure: Figure) -> RuntimeError:
-        return RuntimeError(
+    def _matches(self, figure: Figure) -> list[str]:
+        assert figure.regex is not None
+        with bounded(figure.regex, f"{figure.where}.regex"):
+            return figure.regex.findall(self._text)
+
+    def _missing(self, figure: Figure) -> Misfit:
+        return Misfit(
             f"{self._label} printed no {str(figure).removeprefix('a ')} ({figure.where}){_ending(self._text)}"
         )
 
@@ -1375,9 +1448,10 @@ class Said:
         if figure.regex is not None:
             with contextlib.suppress(ValueError):
                 number = float(value.replace(",", "").replace("_", ""))
-        if not _is_number(number) or number < 0:
-            raise RuntimeError(f"{self._label} printed {excerpt(value)} as {figure.where}, expected a number from 0")
-        return float(number) * figure.scale
+        scaled = float(number) * figure.scale if _is_number(number) else -1.0
+        if not 0 <= scaled < math.inf:
+            raise Misfit(f"{self._label} printed {excerpt(value)} as {figure.where}, expected a number from 0")
+        return scaled
 
     def number(self, figure: Figure) -> float:
         return figure.fixed * figure.scale if figure.fixed is not None else self._number(figure, self._found(figure))
@@ -1388,15 +1462,16 @@ class Said:
             return (figure.fixed * figure.scale,)
         found = self._found(figure)
         if figure.regex is not None:
-            found = figure.regex.findall(self._text)
+            found = self._matches(figure)
         return tuple(self._number(figure, value) for value in (found if isinstance(found, list) else [found]))
 
     def units(self, figure: Figure, unit: str) -> int:
         """A count. Raises `RuntimeError` where it is none, or 0."""
         number = self.number(figure)
-        if number != int(number) or number <= 0:
-            raise RuntimeError(
-                f"{self._label} printed {number:g} {unit}s ({figure.where}), expected a whole number above 0"
+        if number > MOST_UNITS or number != int(number) or number <= 0:
+            most = f" and at most {MOST_UNITS}" if number > MOST_UNITS else ""
+            raise Misfit(
+                f"{self._label} printed {number:g} {unit}s ({figure.where}), expected a whole number above 0{most}"
             )
         return int(number)
 
@@ -1409,19 +1484,27 @@ class Said:
                 return text == "true"
             for kind in (int, float):
                 with contextlib.suppress(ValueError):
-                    if math.isfinite(number := kind(text)):
+                    if _is_number(number := kind(text)) and abs(number) <= MOST_UNITS:
                         return number
             return text
-        if isinstance(found, bool) or _is_number(found):
+        if isinstance(found, bool) or (_is_number(found) and abs(found) <= MOST_UNITS):
             return cast("Value", found)
-        raise RuntimeError(f"{self._label} printed {excerpt(found)} as {figure.where}, expected a single value")
+        raise Misfit(f"{self._label} printed {excerpt(found)} as {figure.where}, expected a single value")
 
 
 def _json(text: str) -> Any:
     """What a text says, or None where it is no JSON."""
     with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text)
+        return json.loads(text, parse_int=_whole)
     return None
+
+
+def _whole(digits: str) -> int | str:
+    """A whole number; one that Python does not read (of more than 4300 digits) stays the text that it is."""
+    try:
+        return int(digits)
+    except ValueError:
+        return digits
 
 
 def _at(document: Any, path: Sequence[str]) -> Any:
@@ -1458,6 +1541,13 @@ class Ended:
     """The end of what it printed."""
     lack_of_memory: bool = field(default=False, compare=False)
     """Whether the kernel killed a process for lack of memory meanwhile."""
+
+    @property
+    def is_its_own(self) -> bool:
+        """Whether the command, and neither a signal nor a lack of memory, brought about this end."""
+        if self.status is None or self.fault:
+            return True
+        return self.status >= 0 and not _NO_MEMORY.search(self.tail)
 
     def cause(self, label: str) -> str | None:
         """Why this run does not count, in a sentence; None where it does."""
@@ -1517,7 +1607,7 @@ class Keeper:
     ) -> None:
         """Start a command. `keep`: the streams of which the text is kept; `endless`: it may print without end."""
         job = {"argv": list(argv), "folder": str(folder), "env": dict(env), "keep": list(keep), "endless": endless}
-        self._kills = _kills()
+        self._kills = out_of_memory_kills()
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(job).encode() + b"\n")
@@ -1540,7 +1630,9 @@ class Keeper:
                 self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
         told = json.loads(line)
-        return Ended(told["status"], told["fault"], tuple(told["left"]), told["tail"], _kills() > self._kills)
+        return Ended(
+            told["status"], told["fault"], tuple(told["left"]), told["tail"], out_of_memory_kills() > self._kills
+        )
 
     def output(self) -> str:
         """What the command printed, as far as it is kept."""
@@ -1560,15 +1652,6 @@ class Keeper:
             process.wait()
         process.stdout.close()
         self._output.close()
-
-
-def _kills() -> int:
-    """How many processes the kernel has killed for lack of memory since boot; 0 where it does not say."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0
 
 
 # --- the keeper itself -----------------------------------------------------------------------

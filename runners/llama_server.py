@@ -33,7 +33,6 @@ from tuner.models import gguf
 from tuner.quality import TOKENS, Passage
 from tuner.serving import (
     Client,
-    Endpoint,
     JudgedServer,
     Load,
     Server,
@@ -44,8 +43,8 @@ from tuner.serving import (
     free_port,
     models,
     start_server,
+    started,
 )
-from tuner.serving import wait_ready as wait_until_ready
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, powers_of_two
 from tuner.trial import Service, Target, refuse_empty_load, refuse_long_load
 
@@ -518,17 +517,17 @@ def launch(config: Config, target: Target) -> Iterator[JudgedLlama]:
             its log that says why.
     """
     build, model = _build(), gguf.read(target)
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    argv = [
-        *(build.program, "--model", str(model.path), "--host", "127.0.0.1", "--port", str(port)),
-        *_words(config, build),
-        *_fixed_words(config, target, build),
-    ]
-    server = start_server(argv, name="llama-server", env=ENVIRONMENT, symptoms=SYMPTOMS)
+
+    def start(port: int) -> Server:
+        argv = [
+            *(build.program, "--model", str(model.path), "--host", "127.0.0.1", "--port", str(port)),
+            *_words(config, build),
+            *_fixed_words(config, target, build),
+        ]
+        return start_server(argv, name="llama-server", env=ENVIRONMENT, symptoms=SYMPTOMS, given=target.engine_args)
+
+    server, endpoint = started(start, timeout_seconds=START_SECONDS)
     try:
-        wait_until_ready(url, server, timeout_seconds=START_SECONDS)
-        endpoint = Endpoint.parse(url)
         load = Load.of(
             target,
             models(endpoint)[0],

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import http.client
+import itertools
 import json
 import math
 import os
@@ -48,11 +49,10 @@ from tuner.serving import (
     concurrency,
     cut,
     first_line,
-    free_port,
     start_server,
+    started,
     streamed,
 )
-from tuner.serving import wait_ready as wait_until_ready
 from tuner.space import Choice, Config, Constraint, Int, Refused, SearchSpace, Value, closest, powers_of_two
 from tuner.trial import Service, Target, refuse_empty_load, refuse_long_load
 
@@ -110,19 +110,21 @@ def _model(target: Target) -> _Model:
 @functools.lru_cache(maxsize=8)
 def _asked(program: str, _changed_ns: int, name: str | None, _folder: str | None) -> _Model:
     """Ask a server that runs for this moment only."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile() as log:
-        server = start_server(
-            [program, "serve"], name="ollama", env=_environment(port), symptoms=SYMPTOMS, output=log.fileno()
-        )
+
+        def start(port: int) -> Server:
+            return start_server(
+                [program, "serve"], name="ollama", env=_environment(port), symptoms=SYMPTOMS, output=log.fileno()
+            )
+
         try:
-            wait_until_ready(url, server, timeout_seconds=PROGRAM.ask_seconds, path=READY)
-            return _describe(Endpoint.parse(url), name)
+            server, endpoint = started(start, timeout_seconds=PROGRAM.ask_seconds, path=READY)
+            try:
+                return _describe(endpoint, name)
+            finally:
+                server.stop()
         except RuntimeError as error:
             raise Refused(f"{program}: Ollama does not run here ({cut(str(error), 250)}); {PROGRAM.install}") from error
-        finally:
-            server.stop()
 
 
 def _describe(endpoint: Endpoint, name: str | None) -> _Model:
@@ -401,12 +403,13 @@ def launch(config: Config, target: Target) -> Iterator[ServedEngine]:
         RuntimeError: the engine cannot run this configuration, or the warm-up failed; the message says why.
     """
     model = _model(target)
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    environment = _environment(port, config, target)
-    server = start_server([PROGRAM.path(), "serve"], name="Ollama", env=environment, symptoms=SYMPTOMS)
+
+    def start(port: int) -> Server:
+        environment = _environment(port, config, target)
+        return start_server([PROGRAM.path(), "serve"], name="Ollama", env=environment, symptoms=SYMPTOMS)
+
+    server, endpoint = started(start, timeout_seconds=START_SECONDS, path=READY)
     try:
-        wait_until_ready(url, server, timeout_seconds=START_SECONDS, path=READY)
         load = _Load.of(
             target,
             model.name,
@@ -414,7 +417,7 @@ def launch(config: Config, target: Target) -> Iterator[ServedEngine]:
             token_ids=None,
             options={**_options(config), "num_ctx": _context(target)},
         )
-        client = _Client(Endpoint.parse(url), load, server)
+        client = _Client(endpoint, load, server)
         _load_model(client, server)
         client.measure_words()
         engine = ServedEngine(client, _said(server, config))
@@ -435,8 +438,8 @@ def _load_model(client: _Client, server: Server) -> None:
     try:
         client.endpoint.ask("/api/generate", body, timeout_seconds=START_SECONDS)
     except RuntimeError as error:
-        if (end := server.end(1.0)) is not None:
-            raise RuntimeError(f"Ollama ended while loading the model ({end}): {server.cause()}") from error
+        if server.end(1.0) is not None:
+            raise server.ended("while loading the model") from error
         if lack := first_line(str(error), SYMPTOMS.out_of_memory) or server.lack_of_memory():
             raise RuntimeError(f"out of memory: {lack}") from error
         raise RuntimeError(f"Ollama cannot load {load.model}: {error}") from error
@@ -468,6 +471,8 @@ class _Client(Client):
 
     load: _Load
     streams = "application/x-ndjson"
+    api = "Ollama's native API"
+    heeds = "num_predict"
 
     def measure_words(self) -> None:
         """`fit_words`, after which a server that died meanwhile is told as in a pass."""
@@ -484,10 +489,11 @@ class _Client(Client):
         """Lines up to the one that is `done`."""
         arrivals: list[float] = []
         last: Mapping[str, Any] | None = None
-        for now, line in streamed(response, at):
+        pieces = itertools.count(1)
+        for now, line in streamed(response, at, load.timeout_seconds):
             if not line.strip():
                 continue
-            piece = self.piece(line)
+            piece = self.piece(line, next(pieces), load)
             if piece.get("done"):
                 last = piece
                 break
@@ -497,12 +503,12 @@ class _Client(Client):
             raise RequestFailed("Ollama: the stream was cut off before its last line")
         counts = {"prompt_tokens": last.get("prompt_eval_count"), "completion_tokens": last.get("eval_count")}
         if last.get("done_reason") == "stop" and _number(counts["completion_tokens"]) < load.output_tokens:
-            raise RuntimeError(
+            raise Refused(
                 f"{load.model} ended an answer after {counts['completion_tokens']} of {load.output_tokens} tokens, and "
                 "Ollama cannot ignore an end of sequence; ask for fewer --output-tokens, or tune with a base model"
             )
-        # Nanoseconds.
-        times = {"prompt_ms": last.get("prompt_eval_duration", 0) / 1e6, "predicted_ms": last["eval_duration"] / 1e6}
+        nanoseconds = {"prompt_ms": last.get("prompt_eval_duration", 0), "predicted_ms": last.get("eval_duration")}
+        times = {name: value / 1e6 if isinstance(value, int) else value for name, value in nanoseconds.items()}
         return self.answer(counts, times, arrivals, seconds, load)
 
 

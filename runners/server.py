@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tuner.serving import Client, Endpoint, Load, concurrency, cut, models
+from tuner.serving import Client, Endpoint, Final, Load, RequestFailed, RequestRefused, concurrency, cut, models
 from tuner.space import Choice, Config, Refused, SearchSpace, Value, closest
 from tuner.trial import Service, Target, Work, refuse_empty_load
 
@@ -53,8 +53,11 @@ def _endpoint(target: Target) -> Endpoint:
             "tune there, or set TUNE_REMOTE_SERVER=1 if a wall meter (--meter wall) measures that machine"
         )
     # OPENAI_API_KEY is a provider's: a server on this machine has no business with it.
-    key = os.environ.get("TUNE_SERVER_KEY") or (None if here else os.environ.get("OPENAI_API_KEY"))
-    return replace(endpoint, key=key or None)
+    name = "TUNE_SERVER_KEY" if here or os.environ.get("TUNE_SERVER_KEY") else "OPENAI_API_KEY"
+    key = os.environ.get(name) or None
+    if key and not (key.isascii() and key.isprintable()):
+        raise Refused(f"{name}: expected a key of printable ASCII characters on one line; set it anew")
+    return replace(endpoint, key=key)
 
 
 def _is_here(host: str) -> bool:
@@ -228,7 +231,7 @@ def launch(config: Config, target: Target) -> Iterator[RunningServer]:
 
     Raises:
         Refused: the server is not there, or has no such model.
-        RuntimeError: it does not do the work that is asked for.
+        RuntimeError: it failed at the work that is asked for.
     """
     endpoint = _endpoint(target)
     load = Load.of(
@@ -262,21 +265,34 @@ class RunningServer:
         return self._client.load.prompts * self._client.load.output_tokens
 
     def learn_to_ask(self) -> None:
-        """Take the first way of asking that the server answers: prompts of an exact length before others."""
-        usual, refusal = self._client.load, None
+        """Take the first way of asking that the server answers: prompts of an exact length before others.
+
+        Raises:
+            Refused: it takes none, or does not answer to the end; then no other way is tried, each might hang as long.
+        """
+        usual, faults = self._client.load, list[RuntimeError | Refused]()
         for changes in _WAYS:
             self._client.load = replace(usual, output_tokens=1, **changes)
             try:
                 self._client.try_once()
-            except RuntimeError as error:
-                refusal = refusal or error
-                continue
-            self._client.load = replace(usual, **changes)
-            if not self._client.load.exact_prompts:
-                self._client.fit_words()
-            return
-        assert refusal is not None
-        raise refusal
+                self._client.load = replace(usual, **changes)
+                if not self._client.load.exact_prompts:
+                    self._client.fit_words()
+                return
+            except Final:
+                raise
+            except RequestFailed as fault:
+                if fault.status is None:
+                    raise Refused(f"{fault}; its own log may say why; start it again") from fault
+                # Some answer HTTP 500 to a form of prompt that they do not know.
+                faults.append(fault)
+            except (RuntimeError, Refused) as fault:
+                faults.append(fault)
+        # What came with an answer says more than that another form was not taken.
+        told = next((f for f in faults if not isinstance(f, RequestFailed | RequestRefused)), faults[0])
+        if isinstance(told, RequestFailed):
+            raise Refused(f"{told}; its own log says why") from told
+        raise Refused(str(told)) from told
 
     def change(self, config: Config) -> None:
         """Send the next passes with `config`; the server itself stays as it is."""

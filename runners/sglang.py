@@ -46,11 +46,10 @@ from tuner.serving import (
     Symptoms,
     concurrency,
     cut,
-    free_port,
     models,
     start_server,
+    started,
 )
-from tuner.serving import wait_ready as wait_until_ready
 from tuner.space import (
     Choice,
     Config,
@@ -546,17 +545,17 @@ def launch(config: Config, target: Target) -> Iterator[ServedEngine]:
             its log that says why.
     """
     build, model = _build(), hugging_face.read(target)
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    argv = [
-        *(*_program(), "--model-path", str(model.folder), "--host", "127.0.0.1", "--port", str(port)),
-        *_words(config, build),
-        *_fixed_words(target, build, model),
-    ]
-    server = start_server(argv, name="SGLang", env=ENVIRONMENT, symptoms=SYMPTOMS)
+
+    def start(port: int) -> Server:
+        argv = [
+            *(*_program(), "--model-path", str(model.folder), "--host", "127.0.0.1", "--port", str(port)),
+            *_words(config, build),
+            *_fixed_words(target, build, model),
+        ]
+        return start_server(argv, name="SGLang", env=ENVIRONMENT, symptoms=SYMPTOMS, given=target.engine_args)
+
+    server, endpoint = started(start, timeout_seconds=START_SECONDS)
     try:
-        wait_until_ready(url, server, timeout_seconds=START_SECONDS)
-        endpoint = Endpoint.parse(url)
         load = Load.of(
             target,
             models(endpoint)[0],

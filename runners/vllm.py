@@ -54,14 +54,14 @@ from tuner.serving import (
     JudgedServer,
     Load,
     ServedEngine,
+    Server,
     Symptoms,
     concurrency,
     cut,
-    free_port,
     models,
     start_server,
+    started,
 )
-from tuner.serving import wait_ready as wait_until_ready
 from tuner.space import (
     Choice,
     Config,
@@ -630,18 +630,18 @@ def launch(config: Config, target: Target) -> Iterator[ServedEngine]:
             its log that says why.
     """
     build, model = _build(), hugging_face.read(target)
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    argv = [
-        *(*_program(), "serve", str(model.folder), "--host", "127.0.0.1", "--port", str(port)),
-        *_flags_of(config),
-        *_fixed_flags(target, build),
-    ]
     environment = {**ENVIRONMENT, **_environment(config, target, build)}
-    server = start_server(argv, name="vLLM", env=environment, symptoms=SYMPTOMS)
+
+    def start(port: int) -> Server:
+        argv = [
+            *(*_program(), "serve", str(model.folder), "--host", "127.0.0.1", "--port", str(port)),
+            *_flags_of(config),
+            *_fixed_flags(target, build),
+        ]
+        return start_server(argv, name="vLLM", env=environment, symptoms=SYMPTOMS, given=target.engine_args)
+
+    server, endpoint = started(start, timeout_seconds=START_SECONDS)
     try:
-        wait_until_ready(url, server, timeout_seconds=START_SECONDS)
-        endpoint = Endpoint.parse(url)
         load = Load.of(
             target,
             models(endpoint)[0],

@@ -103,6 +103,18 @@ def test_an_engine_that_always_fails_ends_the_study_with_code_1_and_the_cause():
     assert "the engine is on fire" in done.stdout + done.stderr
 
 
+def test_a_default_that_is_refused_ends_the_study_with_code_2_and_a_resume_tries_it_again():
+    done = run("--proposer", "rules", "--size", "wild", "--pin", "mode=refuse", trials=9)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "tune: mode=refuse: expected a mode that loads"
+    assert "`tune run --resume results/s` once that is mended" in done.stderr
+    # However often it is tried before it is mended, it is not given up.
+    for _ in range(3):
+        assert tune("run", "--resume", "results/s", "--batch").returncode == 2
+    assert len(study().history) == 0
+    assert study().pending is not None
+
+
 def test_nothing_is_left_running_after_a_study():
     run("--proposer", "random", "--size", "wild", "--range", "mode=ok,segv,kill", trials=5, by=in_a_process)
     here = str(Path.cwd())

@@ -141,7 +141,7 @@ def run_once(folder, bench, config=None, **more):
 
 
 def cause(folder, bench, **more):
-    with pytest.raises(RuntimeError) as raised:
+    with pytest.raises((RuntimeError, Refused)) as raised:
         run_once(folder, bench, **more)
     return str(raised.value)
 
@@ -280,6 +280,11 @@ def test_the_server_of_the_documentation_is_a_legal_file():
         ("print('{\"tokens\": -4}')", 'json = "tokens"', "printed -4 as units"),
         ("print('{\"tokens\": 0}')", 'json = "tokens"', "printed 0 tokens (units), expected a whole number above 0"),
         ("print('{\"tokens\": 2.5}')", 'json = "tokens"', "printed 2.5 tokens (units)"),
+        ("print('{\"tokens\": ' + '9' * 5000 + '}')", 'json = "tokens"', 'printed "99999'),
+        ("print('9' * 5000, 'tokens')", 'regex = "(\\\\d+) tokens"', 'printed "99999'),
+        ("print('{\"tokens\": ' + '9' * 400 + '}')", 'json = "tokens"', "printed 99999"),
+        ("print('{\"tokens\": 1e300}')", 'json = "tokens"', "above 0 and at most 9007199254740992"),
+        ("print('a' * 40)", 'regex = "((?:a+)+)b"', 'units.regex "((?:a+)+)b" takes longer than 0.5 s to search what'),
         (
             'print(\'{"tokens": 10}\\n{"tokens": 20}\')',
             'json = "tokens"',
@@ -292,11 +297,43 @@ def test_the_server_of_the_documentation_is_a_legal_file():
         ("raise SystemExit('CUDA out of memory. Tried to')", "fixed = 1", "out of memory: "),
     ],
 )
-def test_a_pass_that_fails_says_why_in_one_sentence(folder, bench, units, sentence):
+def test_a_pass_that_fails_says_why_in_one_sentence(folder, monkeypatch, bench, units, sentence):
+    monkeypatch.setattr(command, "REGEX_SECONDS", 0.5)
     told = cause(folder, bench, units=units)
     assert sentence in told
     assert "\n" not in told
     assert told.isprintable()
+
+
+def test_defaults_that_do_not_run_are_refused_with_the_command_to_try_by_hand(folder):
+    with pytest.raises(Refused) as refused:
+        run_once(folder, "raise SystemExit(3)", units="fixed = 1")
+    by_hand = f"cd {folder} && {sys.executable} -S bench.py 2"
+    assert str(refused.value).endswith(f"; mend it or bench.toml, and try by hand: {by_hand}")
+    assert subprocess.run(["/bin/sh", "-c", by_hand], check=False).returncode == 3
+
+
+def test_other_values_that_do_not_run_are_a_failed_trial(folder):
+    with pytest.raises(RuntimeError, match=r"ended with exit status 3, expected 0; it printed nothing$"):
+        run_once(folder, "raise SystemExit(3)", {"n": 5}, units="fixed = 1")
+
+
+def test_defaults_that_lack_memory_are_a_failed_trial():
+    assert not command.Ended(1, tail="CUDA out of memory").is_its_own
+    assert not command.Ended(-9).is_its_own
+    assert command.Ended(1, tail="no such model").is_its_own
+
+
+def test_a_server_that_answers_otherwise_than_it_should_is_named_with_its_status(folder):
+    target = served(folder, ready='url = "http://127.0.0.1:{port}/other"')
+    path = Path(target.spec)
+    path.write_text(path.read_text().replace("timeout = 20", "timeout = 2", 1))
+    default = command.space(target).default()
+    with (
+        pytest.raises(RuntimeError, match=r"/other answers HTTP 404, expected 200 to 299; "),
+        command.launch(default, target),
+    ):
+        pass
 
 
 def test_a_command_that_is_gone_when_it_is_started_is_named(folder):
@@ -308,7 +345,7 @@ def test_a_command_that_is_gone_when_it_is_started_is_named(folder):
     )
     default = command.space(target).default()
     with (
-        pytest.raises(RuntimeError, match=r"^\./prog -S bench\.py 2 cannot be started: Exec format error$"),
+        pytest.raises(Refused, match=r"^\./prog -S bench\.py 2 cannot be started: Exec format error; mend it or"),
         command.launch(default, target),
     ):
         pass
@@ -516,7 +553,8 @@ def test_a_server_or_a_load_that_fails_says_which_and_why(folder, changes, sente
     path.write_text(
         path.read_text().replace("timeout = 20", "timeout = 1.5", 1) if "ready" in changes else path.read_text()
     )
-    with pytest.raises(RuntimeError) as raised, command.launch(command.space(target).default(), target):
+    default = command.space(target).default()
+    with pytest.raises((RuntimeError, Refused)) as raised, command.launch(default, target):
         pass
     assert sentence in str(raised.value)
     assert not own_children()
@@ -529,7 +567,7 @@ def test_another_server_on_the_same_address_is_not_measured_by_mistake(folder):
         port = psutil.Process(other.pid).net_connections()[0].laddr.port
         target = served(folder, ready=f'url = "http://127.0.0.1:{port}/health"')
         with (
-            pytest.raises(RuntimeError, match="answers already, before the server is started"),
+            pytest.raises(Refused, match="answers already, before the server is started"),
             command.launch(command.space(target).default(), target),
         ):
             pass

@@ -82,7 +82,7 @@ def test_the_phases_of_a_trial_are_reported_with_its_number(tmp_path):
 @pytest.mark.parametrize(
     ("mode", "cause"),
     [
-        ("raise", "RuntimeError: the engine is on fire"),
+        ("bug", "KeyError: 'n_layer'"),
         ("refuse", "mode=refuse: expected a mode that loads"),
         ("segv", "killed by SIGSEGV (it crashed)"),
         ("kill", "killed by SIGKILL"),
@@ -97,6 +97,29 @@ def test_what_an_engine_does_to_itself_is_the_cause_of_a_failed_trial(tmp_path, 
     trial = launcher(tmp_path)(0, proposal(mode))
     assert cause in trial.error
     assert trial.joules_per_unit is None
+
+
+def test_a_cause_that_the_runner_names_is_told_without_the_name_of_a_class(tmp_path):
+    assert launcher(tmp_path)(0, proposal("raise")).error == "the engine is on fire"
+
+
+def default(mode):
+    return replace(proposal(mode), source="default")
+
+
+def test_a_default_that_is_refused_from_the_start_is_no_trial(tmp_path):
+    with pytest.raises(Refused, match=r"^mode=refuse: expected a mode that loads$"):
+        launcher(tmp_path)(0, default("refuse"))
+
+
+def test_a_default_that_fails_otherwise_is_a_failed_trial(tmp_path):
+    assert launcher(tmp_path)(0, default("raise")).error == "the engine is on fire"
+
+
+def test_what_is_refused_after_something_was_measured_is_a_failed_trial(tmp_path):
+    launch = launcher(tmp_path)
+    assert launch(0, default("ok")).error is None
+    assert launch(0, default("refuse")).error == "mode=refuse: expected a mode that loads"
 
 
 def test_a_failed_trial_carries_the_last_lines_of_its_log_without_control_characters(tmp_path):

@@ -367,6 +367,14 @@ def test_a_failed_request_makes_the_window_invalid_and_ends_it():
     assert windows[0].work.failed_requests == 2
 
 
+def test_the_cause_of_a_failed_request_is_told_and_kept_in_the_windows_faults_only():
+    clock = Clock()
+    engine = Engine(clock, units=0, failed_requests=1, request_seconds=(0.1, 0.1), failure="it answered HTTP 500")
+    (window,) = run(Burner(clock), Plan(windows=1, window_seconds=50, retries=0), clock=clock, engine=engine)
+    assert window.invalid == ("1 of 2 requests brought no answer: it answered HTTP 500",)
+    assert window.work.failure is None
+
+
 def test_requests_that_are_not_timed_are_not_counted_as_sent():
     assert unfinished([Work(units=1, failed_requests=2)], None) == [
         "2 requests brought no answer; the engine's log says why"

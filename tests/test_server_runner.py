@@ -272,8 +272,42 @@ def test_two_launches_share_no_prompt(runner):
 def test_a_server_that_does_not_do_the_work_is_named(runner, mode, told):
     with Engine(mode) as engine:
         target = target_of(engine)
-        with pytest.raises(RuntimeError, match=told), runner.launch(runner.space(target).default(), target):
+        with pytest.raises(Refused, match=told), runner.launch(runner.space(target).default(), target):
             pytest.fail("an engine was yielded")
+
+
+@pytest.mark.parametrize(
+    ("mode", "told"),
+    [
+        ("hang", "hangs: it accepted the request and sent nothing for 0.5 s; its own log may say why"),
+        ("reset", "broke off: Remote end closed connection without response; its own log may say"),
+        ("endless", "does not end an answer: 259 pieces"),
+    ],
+)
+def test_a_server_that_does_not_answer_to_the_end_is_asked_in_no_other_way(runner, monkeypatch, mode, told):
+    monkeypatch.setenv("TUNE_TRIAL_SECONDS", "1")
+    with Engine(mode) as engine:
+        target = target_of(engine)
+        with pytest.raises(Refused, match=told), runner.launch(runner.space(target).default(), target):
+            pytest.fail("an engine was yielded")
+    assert len(engine.requests) == 1
+
+
+def test_what_an_answer_lacks_is_told_before_that_another_form_is_unknown(runner):
+    # Way after way is answered 400 here, but for the last one.
+    with Engine("strict-no-usage") as engine:
+        target = target_of(engine)
+        with pytest.raises(Refused, match="no usage block"), runner.launch(runner.space(target).default(), target):
+            pytest.fail("an engine was yielded")
+    assert len(engine.requests) == 6
+
+
+@pytest.mark.parametrize("key", ["sk-\u00e9", "sk-a\nb"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(runner, monkeypatch, key):
+    monkeypatch.setenv("TUNE_SERVER_KEY", key)
+    with Engine() as engine, pytest.raises(Refused, match="TUNE_SERVER_KEY: expected a key of printable") as refused:
+        runner.space(target_of(engine))
+    assert "sk-" not in str(refused.value)
 
 
 def test_an_open_loop_leaves_only_the_length_to_tune(runner):

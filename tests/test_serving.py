@@ -8,9 +8,11 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -32,7 +34,7 @@ from tuner.serving import (
     wait_ready,
 )
 from tuner.space import Refused
-from tuner.trial import Target
+from tuner.trial import TRIAL_SECONDS, Target
 
 ROOT = Path(__file__).parents[1]
 LOAD = Load(model="m", prompts=4, prompt_tokens=8, output_tokens=6, concurrency=2, timeout_seconds=0.5)
@@ -62,7 +64,7 @@ def alive(pid):
 
 def raised(mode, load=LOAD, **engine):
     """The sentence that a pass ends with."""
-    with Engine(mode, **engine) as served, pytest.raises(RuntimeError) as caught:
+    with Engine(mode, **engine) as served, pytest.raises((RuntimeError, Refused)) as caught:
         Client(Endpoint.parse(served.url), load).run_pass()
     return str(caught.value)
 
@@ -293,6 +295,19 @@ def test_an_engine_is_ready_once_its_health_is_200(log):
         server.stop()
 
 
+def test_a_strangers_answer_on_its_port_does_not_make_an_engine_ready(log):
+    with Engine() as stranger:
+        port = urlsplit(stranger.url).port
+        # As engines do that bind their port last: it loads, and finds the port taken.
+        server = python(f"import socket, time; time.sleep(0.6); socket.create_server(('127.0.0.1', {port}))")
+        try:
+            with pytest.raises(RuntimeError, match="Address already in use"):
+                wait_ready(stranger.url, server, timeout_seconds=20)
+            assert server.port_is_taken()
+        finally:
+            server.stop()
+
+
 CAUSES = {
     "nothing written": ("pass", "exit status 0", "it wrote nothing to its log"),
     "only chatter": ("print('loading'); print('still loading')", "exit status 0", "still loading"),
@@ -319,6 +334,33 @@ def test_an_engine_that_ends_while_loading_is_named_with_its_cause(log, code, en
     server.stop()
     assert str(caught.value).startswith(f"engine ended while loading ({end}): {cause}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
+def test_a_signal_is_named_and_the_last_line_of_the_log_stands_beside_it(log, number):
+    server = python(f"import os; print('loaded', flush=True); os.kill(os.getpid(), {number:d})")
+    with pytest.raises(RuntimeError) as caught:
+        wait_ready("http://127.0.0.1:1", server, timeout_seconds=20)
+    server.stop()
+    assert str(caught.value) == f"engine was killed by {number.name} while loading; the last line of its log: loaded"
+
+
+def test_an_engine_that_the_kernel_killed_for_lack_of_memory_is_named_so(log, monkeypatch):
+    # The kernel's count is the outermost edge: no test fills this machine's memory.
+    kills = iter([7])
+    monkeypatch.setattr("tuner.serving.out_of_memory_kills", lambda: next(kills, 8))
+    server = python("import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(RuntimeError, match=r"^out of memory: the kernel killed engine while loading \(SIGKILL\); its"):
+        wait_ready("http://127.0.0.1:1", server, timeout_seconds=20)
+    server.stop()
+
+
+def test_an_argument_that_the_engine_rejects_is_refused_with_its_option(log):
+    code = "import argparse; argparse.ArgumentParser('serve').parse_args(['--odd'])"
+    server = python(code, given=("--even", "--odd"))
+    with pytest.raises(Refused, match=r"^--engine-arg=--odd: engine does not take it \(error: unrecognized .*leave it"):
+        wait_ready("http://127.0.0.1:1", server, timeout_seconds=20)
+    server.stop()
 
 
 def test_only_this_engines_part_of_the_log_is_read(log):
@@ -373,7 +415,11 @@ def test_an_address_may_be_given_with_or_without_v1(url, shown):
 
 
 @pytest.mark.parametrize(
-    "url", ["", "localhost:8000", "ftp://localhost", "http://", "http://h:port", "http://h/v1?x=1", "http://h:99999"]
+    "url",
+    [
+        *("", "localhost:8000", "ftp://localhost", "http://", "http://h:port", "http://h/v1?x=1", "http://h:99999"),
+        *("http://h:0", "http://a..b:80/", f"http://{'a' * 70}", "http://h/caf\u00e9", "http://h/a b"),
+    ],
 )
 def test_what_is_no_address_is_refused_with_an_example(url):
     with pytest.raises(Refused, match=r"expected an address such as http://localhost:8000/v1"):
@@ -392,10 +438,19 @@ def test_a_password_in_an_address_is_refused_and_not_repeated():
 def test_the_key_is_sent_and_shown_nowhere():
     with Engine("401") as engine:
         endpoint = Endpoint.parse(engine.url, key="sk-hidden")
-        with pytest.raises(RuntimeError, match="HTTP 401: Unauthorized; put its key into TUNE_SERVER_KEY") as caught:
+        with pytest.raises(
+            Refused, match="HTTP 401: Unauthorized; it does not take the key that was sent; put its"
+        ) as caught:
             Client(endpoint, LOAD).run_pass()
     assert engine.headers[0]["Authorization"] == "Bearer sk-hidden"
     assert "hidden" not in f"{caught.value}{endpoint}{endpoint!r}"
+
+
+def test_an_engine_of_our_own_that_wants_a_key_is_refused_with_another_way_on():
+    with Engine("401") as engine:
+        endpoint = replace(Endpoint.parse(engine.url), engine="vLLM")
+        with pytest.raises(Refused, match="HTTP 401: Unauthorized; tune sends none to an engine that it starts: leave"):
+            Client(endpoint, LOAD).run_pass()
 
 
 def test_models_lists_what_is_offered_and_says_what_is_no_such_server():
@@ -407,6 +462,50 @@ def test_models_lists_what_is_offered_and_says_what_is_no_such_server():
         models(Endpoint.parse(engine.url))
     with Engine() as engine, pytest.raises(RuntimeError, match="brought HTTP 404: Not Found"):
         models(Endpoint.parse(engine.url.replace("/v1", "/other")))
+
+
+@contextlib.contextmanager
+def answering(answer):
+    """The port of a server that is none of HTTP: `answer` speaks with each connection."""
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with contextlib.suppress(OSError), connection:
+                    connection.recv(65536)
+                    answer(connection)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+def test_another_protocol_than_http_is_named():
+    with (
+        answering(lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")) as port,
+        pytest.raises(RuntimeError, match=r"cannot be used: it does not speak HTTP, it answered SSH-2.0-OpenSSH_9.6$"),
+    ):
+        models(Endpoint.parse(f"http://127.0.0.1:{port}"))
+
+
+def test_tls_where_plain_http_was_asked_for_is_named():
+    # A fatal alert, 40: handshake failure (RFC 8446, section 6).
+    with (
+        answering(lambda connection: connection.sendall(b"\x15\x03\x03\x00\x02\x02\x28")) as port,
+        pytest.raises(RuntimeError, match="does not speak HTTP, it answered TLS; its address begins with https"),
+    ):
+        models(Endpoint.parse(f"http://127.0.0.1:{port}"))
+
+
+def test_plain_http_where_tls_was_asked_for_is_named():
+    with Engine() as engine, pytest.raises(RuntimeError) as caught:
+        models(Endpoint.parse(engine.url.replace("http:", "https:")))
+    assert "cannot be used: it does not speak TLS as expected (" in str(caught.value)
+    assert str(caught.value).endswith("if it has none, its address begins with http")
 
 
 # --- the load
@@ -556,21 +655,32 @@ def test_a_load_takes_its_size_from_the_target():
 # --- what goes wrong
 
 WRONG = {
-    "500": "answered HTTP 500: EngineCore encountered an issue. See stack trace (above) for the root cause.",
-    "400": "answered HTTP 400: This model's maximum context length is 48 tokens.",
+    "500": "answered HTTP 500: EngineCore encountered an issue. See stack trace (above) for the root cause",
+    "400": "HTTP 400: This model's maximum context length is 48 tokens; ask for less with --prompt-tokens (",
     "html": "is not an OpenAI-compatible server that streams: POST /v1/completions brought text/html: <html>It works!",
     "not-streaming": "is not an OpenAI-compatible server that streams: POST /v1/completions brought application/json",
     "garbage": "is not an OpenAI-compatible server: it streamed hello",
-    "hang": "hangs: not a byte in 0.5 s",
+    "hang": "hangs: it accepted the request and sent nothing for 0.5 s",
     "reset": "broke off: Remote end closed connection without response",
     "cut": "the stream was cut off before [DONE]",
-    "broken-chunk": "the stream was cut off before [DONE]",
+    "broken-chunk": "the stream was cut off before its end",
     "error-event": "broke off with an error: EngineCore died",
-    "no-usage": "streams no usage block, so its tokens cannot be counted; expected it to know",
-    "odd-usage": "streams a usage block that cannot be read",
+    "no-usage": 'streams no usage block, so its tokens cannot be counted; expected it to know "stream_options"',
+    "dict-choices": 'is not an OpenAI-compatible server: it streamed {"choices": {"text": "x"}}',
+    "text-choices": 'is not an OpenAI-compatible server: it streamed {"choices": "x"}',
+    "number-choice": 'is not an OpenAI-compatible server: it streamed {"choices": [7]}',
+    "nested": "is not an OpenAI-compatible server: it streamed [[[",
+    "text-usage": 'streams counts that cannot be read: ["many", {}]',
+    "list-details": 'streams counts that cannot be read: [{"completion_tokens": 6',
+    "infinite": 'streams counts that cannot be read: [{"completion_tokens": Infinity',
+    "no-time": "streams counts that cannot be read: [{",
+    "endless": "does not end an answer: 269 pieces came for a request of 6 tokens, so it does not heed max_tokens",
+    "stall": "hangs: it began an answer and sent no more of it for 0.5 s",
+    "403": "answered HTTP 403: Forbidden; put its key into TUNE_SERVER_KEY",
+    "odd-usage": "streams counts that cannot be read",
     "short": "generated 5 tokens for a request instead of 6; it does not heed max_tokens or ignore_eos",
     "miscounts": "counted 9 prompt tokens instead of 8",
-    "cached": "took 7 of 8 prompt tokens from a cache",
+    "cached": "took 7 of 8 prompt tokens from a cache, though no prompt is sent twice; start it without one",
 }
 
 
@@ -586,13 +696,13 @@ def test_what_a_server_does_wrong_is_one_sentence(mode, told):
 def test_nobody_listening_is_said_so():
     with Engine() as engine:
         endpoint = Endpoint.parse(engine.url)
-    with pytest.raises(RuntimeError, match="connection refused; nothing listens at http://127"):
+    with pytest.raises(Refused, match=r"connection refused; nothing listens at http://127.*start it again"):
         Client(endpoint, LOAD).run_pass()
 
 
 def test_a_wrong_model_is_answered_with_those_that_are_offered():
     told = raised("ok", replace(LOAD, model="gpt"))
-    assert told.endswith("HTTP 404: The model `gpt` does not exist.; the models that it offers are m")
+    assert told.endswith("HTTP 404: The model `gpt` does not exist; the models that it offers are m")
 
 
 def test_a_failed_request_is_counted_where_others_are_answered(capsys):
@@ -603,8 +713,31 @@ def test_a_failed_request_is_counted_where_others_are_answered(capsys):
     assert capsys.readouterr().err.count("answered HTTP 500") == 1
 
 
+def test_a_server_of_somebody_elses_that_ends_in_the_middle_is_said_to_have_ended():
+    server, client = serving("killed:2")
+    somebody_elses = Client(client.endpoint, LOAD)
+    try:
+        with pytest.raises(Refused, match=r"the server has ended in the middle of a pass, .*; start it again$"):
+            somebody_elses.run_pass()
+    finally:
+        server.stop()
+
+
+def test_the_cause_of_a_failed_request_goes_with_the_pass():
+    with Engine("every-other") as engine:
+        work = Client(Endpoint.parse(engine.url), LOAD).run_pass()
+    assert "answered HTTP 500: EngineCore encountered an issue" in work.failure
+
+
+def test_a_server_is_said_to_hang_before_its_trial_is_given_up(monkeypatch):
+    monkeypatch.setenv(TRIAL_SECONDS, "60")
+    assert Load.of(Target(), "m", concurrency=1).timeout_seconds == 30
+    monkeypatch.delenv(TRIAL_SECONDS)
+    assert Load.of(Target(), "m", concurrency=1).timeout_seconds == 300
+
+
 def test_a_fault_that_every_request_would_meet_ends_the_pass_at_once():
-    with Engine("short") as engine, pytest.raises(RuntimeError):
+    with Engine("short") as engine, pytest.raises(Refused):
         Client(Endpoint.parse(engine.url), replace(LOAD, prompts=64, concurrency=1)).run_pass()
     assert len(engine.requests) == 1
 
@@ -622,7 +755,7 @@ def serving(mode):
 @pytest.mark.parametrize(
     ("mode", "told"),
     [
-        ("killed:2", "engine ended in the middle of a pass (SIGKILL): "),
+        ("killed:2", "engine was killed by SIGKILL in the middle of a pass; "),
         (
             "out-of-memory:2",
             "engine ended in the middle of a pass (exit status 1): out of memory: CUDA out of memory. Tried",

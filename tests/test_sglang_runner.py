@@ -10,10 +10,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 from contracts.runner_contract import RunnerContract
+from fakes.openai_server import Engine
 from printed import noted, typed_at_a_shell
 
 from tuner.installed import Program
@@ -338,11 +340,11 @@ FAILURES = {
     "oom-loading": r"^SGLang ended while loading \(exit status 1\): out of memory: torch.OutOfMemoryError: CUDA out of",
     "no-cache": r"^SGLang ended while loading \(exit status 1\): out of memory: Not enough memory. Please try to incr",
     "bad-backend": r"^SGLang ended while loading \(exit status 1\): AssertionError: FlashAttention v3 Backend requires",
-    "port-in-use": r"^SGLang ended while loading \(exit status 1\): \[Errno 98\] error while attempting to bind",
-    "crash-loading": r"^SGLang ended while loading \(SIGSEGV\): ",
+    "port-in-use": r"^SGLang found its port taken, 3 times in a row .*ended while loading",
+    "crash-loading": r"^SGLang was killed by SIGSEGV while loading; ",
     "500": r"^SGLang answered HTTP 500: ",
     "out-of-memory:2": r"^SGLang ended in the middle of a pass \(exit status 1\): out of memory: Decode out of memory",
-    "killed:1": r"^SGLang ended in the middle of a pass \(SIGKILL\): ",
+    "killed:1": r"^SGLang was killed by SIGKILL in the middle of a pass; ",
     "cut": r"^SGLang: the stream was cut off before \[DONE\]$",
     "no-usage": r"^SGLang streams no usage block",
     "short": r"^SGLang generated 3 tokens for a request instead of 4",
@@ -355,11 +357,24 @@ def test_a_launch_that_fails_is_one_sentence_and_leaves_nothing(sglang, monkeypa
     monkeypatch.setenv("FAKE_SGLANG", mode)
     monkeypatch.setenv("FAKE_SGLANG_NOTE", str(tmp_path / "note"))
     before = set(psutil.Process().children(recursive=True))
-    with pytest.raises(RuntimeError, match=sentence) as caught, sglang.launch(sglang.space(LOAD).default(), LOAD):
+    with (
+        pytest.raises((RuntimeError, Refused), match=sentence) as caught,
+        sglang.launch(sglang.space(LOAD).default(), LOAD),
+    ):
         pytest.fail("an engine was yielded")
     assert "\n" not in str(caught.value)
     assert set(psutil.Process().children(recursive=True)) <= before
     assert not Path((tmp_path / "note").read_text().splitlines()[1]).exists()
+
+
+def test_a_port_that_somebody_took_before_it_listened_is_changed_for_another(sglang, monkeypatch, log):
+    with Engine() as stranger:
+        free, taken = free_port(), urlsplit(stranger.url).port
+        ports = iter([taken, free])
+        monkeypatch.setattr("tuner.serving.free_port", lambda: next(ports))
+        with sglang.launch(sglang.space(LOAD).default(), LOAD) as engine:
+            assert engine.run_pass().units == 16
+        assert stranger.requests == []
 
 
 @pytest.mark.parametrize(("mode", "answer"), [("hang-loading", "nothing"), ("unhealthy", "HTTP 503")])
@@ -376,13 +391,19 @@ def test_an_engine_that_never_serves_is_given_up(sglang, monkeypatch, log, mode,
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("--no-such-flag",), r"error: unrecognized arguments: --no-such-flag$"),
-        (("--dtype", "int3"), r"error: argument --dtype: invalid choice: 'int3' \(choose from auto, half"),
+        (
+            ("--no-such-flag",),
+            r"^--engine-arg=--no-such-flag: SGLang does not take it \(error: unrec.*\); leave",
+        ),
+        (
+            ("--dtype", "int3"),
+            r"^--engine-arg=--dtype: .*error: argument --dtype: invalid choice: 'int3' \(choose",
+        ),
     ],
 )
 def test_a_flag_that_it_rejects_is_told_in_its_own_words(sglang, log, words, sentence):
     target = replace(LOAD, engine_args=(*CPU, *words))
-    with pytest.raises(RuntimeError, match=sentence), sglang.launch(sglang.space(target).default(), target):
+    with pytest.raises(Refused, match=sentence), sglang.launch(sglang.space(target).default(), target):
         pytest.fail("an engine was yielded")
 
 
@@ -485,7 +506,7 @@ def test_output_that_cannot_be_judged_is_one_sentence_and_leaves_no_reference(
 ):
     monkeypatch.setattr("tuner.serving.LATE_SECONDS", 0.1)
     monkeypatch.setenv("FAKE_SGLANG", mode)
-    with pytest.raises(RuntimeError, match=sentence) as caught:
+    with pytest.raises((RuntimeError, Refused), match=sentence) as caught:
         judged(sglang, trained, tmp_path / "reference")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.glob("reference*")) == []

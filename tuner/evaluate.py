@@ -31,6 +31,7 @@ from tuner.limits import QUALITY_LOSS, Limit, broken
 from tuner.measure import settling_seconds
 from tuner.space import Config, Refused, closest
 from tuner.summary import grouped
+from tuner.supervise import out_of_memory_kills
 from tuner.telemetry import WATCHES_GPUS, Sampler
 from tuner.trial import Proposal, Target, Trial
 from tuner.worker import Job, Result
@@ -94,6 +95,8 @@ class Known:
     idle_watts: float | None = None
     """What the machine drew without an engine; None when it was not measured."""
     held: Held | None = None
+    measured: bool = False
+    """Whether any engine came so far that something was measured."""
 
     def close(self) -> None:
         """End the engine that is held, if there is one."""
@@ -144,6 +147,10 @@ class Launcher:
             outcome = Result(error=str(error))
         if outcome.idle:
             self.known.idle_watts = outcome.idle.machine_watts
+        self.known.measured = self.known.measured or bool(outcome.measurements)
+        if outcome.refused and outcome.error and proposal.source == "default" and not self.known.measured:
+            # Where the default is refused from the start, every other trial would be too.
+            raise Refused(outcome.error)
         trial = Trial(
             number=number,
             config=proposal.config,
@@ -486,15 +493,6 @@ def cause_of_death(status: int, phase: str, *, lack_of_memory: bool) -> str:
         "SIGBUS": " (it crashed, or the disk is full)",
     }.get(name, "")
     return f"the engine was killed by {name}{meaning} (phase: {phase})"
-
-
-def out_of_memory_kills() -> int:
-    """How many processes the kernel has killed for lack of memory since boot; 0 where it does not say."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0
 
 
 def last_lines(log: Path, lines: int = LOG_LINES) -> Iterator[str]:

@@ -230,7 +230,7 @@ def _window(
     work = together(works)
     return Measurement(
         # Every gap between two tokens would be most of the journal; its quantiles are in the metrics.
-        work=replace(work, itl_seconds=(), metrics={}),
+        work=replace(work, itl_seconds=(), metrics={}, failure=None),
         seconds=stretch.seconds,
         energy={} if faults else stretch.energy,
         quality=meter.quality,
@@ -291,7 +291,8 @@ def unfinished(works: Sequence[Work], expected_units: int | None, unit: Unit = "
     failed, requests = sum(w.failed_requests for w in works), sum(len(w.request_seconds) for w in works)
     if failed:
         of = f" of {requests}" if requests >= failed else ""
-        faults.append(f"{failed}{of} requests brought no answer; the engine's log says why")
+        why = next((f": {w.failure}" for w in works if w.failure), "; the engine's log says why")
+        faults.append(f"{failed}{of} requests brought no answer{why}")
     for work in works:
         if expected_units is None or work.unit != unit or work.failed_requests:
             continue
@@ -490,6 +491,7 @@ def together(works: Sequence[Work]) -> Work:
         ttft_seconds=tuple(s for w in works for s in w.ttft_seconds),
         itl_seconds=tuple(s for w in works for s in w.itl_seconds),
         failed_requests=sum(w.failed_requests for w in works),
+        failure=next((w.failure for w in works if w.failure), None),
         metrics={
             name: statistics.fmean(known)
             for name in dict.fromkeys(name for w in works for name in w.metrics)

@@ -8,8 +8,9 @@ The client is in the measured window: plain sockets and threads, one per request
 takes seconds to import. The prompts of a pass are a function of seed, pass and request, so they are the same for
 every trial and new in every pass: a prefix cache finds nothing to reuse.
 
-Every failure is a `RuntimeError` of one sentence. A failed request is only counted where the engine runs on and
-answered others; whatever would fail again for every request ends the pass.
+Every failure is one sentence. It is a `Refused` where a person must act and no other configuration would help, else a
+`RuntimeError`. A failed request is only counted where the engine runs on and answered others; whatever would fail
+again for every request ends the pass.
 
 Glossary
     closed loop   as many requests in flight as the concurrency says; the next one waits for an answer
@@ -28,6 +29,7 @@ import http.client
 import importlib.util
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -35,6 +37,7 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -50,8 +53,8 @@ from typing import Any
 
 from tuner.quality import TEXT, Passage, drawn, judge, of_text
 from tuner.space import Config, Int, Parameter, Refused, Value
-from tuner.supervise import TIDY_SECONDS, alive
-from tuner.trial import Target, Work
+from tuner.supervise import TIDY_SECONDS, alive, out_of_memory_kills
+from tuner.trial import TRIAL_SECONDS, EngineError, Target, Work
 
 # --- the process -----------------------------------------------------------------------------
 
@@ -87,6 +90,8 @@ _TELLING = (
     r"(?i)\b(?:fatal|panic|abort)\w*\b.*: .+",
 )
 
+_PORT_TAKEN = r"(?i)address already in use|EADDRINUSE|couldn't bind|\bport \S+ (?:is )?(?:already in use|not available)"
+
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 
 
@@ -103,8 +108,11 @@ class Server:
         symptoms: Symptoms,
         scratch: str,
         output: int = 2,
+        given: Sequence[str] = (),
     ) -> None:
         self.name = name
+        self._given = given
+        self._kills = out_of_memory_kills()
         self._output = output
         self._supervisor = supervisor
         self._leash = leash
@@ -146,13 +154,43 @@ class Server:
 
     def cause(self) -> str:
         """Why the engine ended, as its log says it: `out of memory: ...`, the first telling line, or the last one."""
-        log = self.log()
-        if found := first_line(log, self._symptoms.out_of_memory):
-            return f"out of memory: {found}"
-        if found := first_line(log, (*self._symptoms.telling, *_TELLING)):
-            return found
-        lines = [line for line in log.splitlines() if line.strip()]
-        return cut(lines[-1]) if lines else "it wrote nothing to its log"
+        return self._told() or last_line(self.log()) or "it wrote nothing to its log"
+
+    def _told(self) -> str | None:
+        """The line of the log that names a cause; None where none does."""
+        if lack := self.lack_of_memory():
+            return f"out of memory: {lack}"
+        return first_line(self.log(), (*self._symptoms.telling, *_TELLING))
+
+    def ended(self, when: str) -> RuntimeError | Refused:
+        """Why an engine that has ended did so `when` (`while loading`), to be raised.
+
+        A signal says nothing of its reason, so that a line of the log then stands beside it and not in its place.
+        It is a `Refused` where the engine did not take an argument that a person gave it.
+        """
+        name, end, starved = self.name, self.end() or "no status", out_of_memory_kills() > self._kills
+        if end.startswith(NOT_STARTED):
+            return RuntimeError(f"{name} {end}")
+        if end.startswith(("SIG", "signal ")):
+            said, last = self._told(), last_line(self.log())
+            beside = (
+                f"its log says: {said}" if said else f"the last line of its log: {last}" if last else "its log is empty"
+            )
+            if starved and end == "SIGKILL":
+                return RuntimeError(f"out of memory: the kernel killed {name} {when} (SIGKILL); {beside}")
+            return RuntimeError(f"{name} was killed by {end} {when}; {beside}")
+        cause = self.cause()
+        for word in self._given:
+            flag = word.partition("=")[0]
+            if flag.startswith("-") and re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", cause):
+                return Refused(f"--engine-arg={word}: {name} does not take it ({cause}); leave it out, or correct it")
+        # Which process it was is not known: an engine's worker is as likely as a stranger's program.
+        beside = "; the kernel killed a process for lack of memory meanwhile" if starved else ""
+        return RuntimeError(f"{name} ended {when} ({end}): {cause}{beside}")
+
+    def port_is_taken(self) -> bool:
+        """Whether it has ended because somebody else listens on its port."""
+        return self.end() is not None and first_line(self.log(), (_PORT_TAKEN,)) is not None
 
     def stop(self, grace_seconds: float = STOP_SECONDS) -> None:
         """End the engine and everything in its group; its port is free afterwards. May be called twice."""
@@ -183,6 +221,7 @@ def start_server(
     symptoms: Symptoms | None = None,
     cwd: Path | None = None,
     output: int = 2,
+    given: Sequence[str] = (),
 ) -> Server:
     """Start an engine whose output goes to this process's standard error, or to another open file.
 
@@ -193,6 +232,7 @@ def start_server(
         symptoms: how its log names what went wrong.
         cwd: the folder that it runs in.
         output: file descriptor of its log, which stays open while the engine runs.
+        given: those of its words that a person asked for with --engine-arg.
 
     A program that does not exist is known to `wait_ready`, like any other that ends at once.
     """
@@ -221,7 +261,46 @@ def start_server(
     finally:
         os.close(leash_end)
         os.close(status_end)
-    return Server(supervisor, leash, status, log_start, name, symptoms or Symptoms(), scratch, output)
+    return Server(supervisor, leash, status, log_start, name, symptoms or Symptoms(), scratch, output, given)
+
+
+PORTS_TRIED = 3
+
+
+def started(
+    start: Callable[[int], Server], *, timeout_seconds: float = 1800.0, path: str = "/health"
+) -> tuple[Server, Endpoint]:
+    """An engine that can take requests, and where; the caller stops it.
+
+    The port is chosen here, and another one where a stranger took it before the engine listened there.
+
+    Args:
+        start: starts the engine on the port that it is given.
+        timeout_seconds: as of `wait_ready`.
+        path: as of `wait_ready`.
+
+    Raises:
+        RuntimeError: the engine ended, is not ready in time, or found no port that was free; the sentence says why.
+        Refused: it did not take an argument that a person gave it.
+    """
+    left = PORTS_TRIED
+    while True:
+        port, left = free_port(), left - 1
+        server = start(port)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_ready(url, server, timeout_seconds=timeout_seconds, path=path)
+            return server, replace(Endpoint.parse(url), engine=server.name)
+        except BaseException as error:
+            again = isinstance(error, RuntimeError) and server.port_is_taken()
+            server.stop()
+            if not again:
+                raise
+            if not left:
+                raise RuntimeError(
+                    f"{server.name} found its port taken, {PORTS_TRIED} times in a row and each time another one; "
+                    f"the last time: {error}"
+                ) from error
 
 
 def beside(file: str, name: str) -> ModuleType:
@@ -289,12 +368,44 @@ def cut(text: str, limit: int = LONGEST_CAUSE) -> str:
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
+def last_line(log: str) -> str | None:
+    """The last line that is not blank, cut; None where there is none."""
+    return next((cut(line) for line in reversed(log.splitlines()) if line.strip()), None)
+
+
 def free_port() -> int:
     """A port of 127.0.0.1 that nobody listens on now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
+
+
+STRANGER_SECONDS = 60.0
+"""How long an answer that no process of the engine's group can have given is taken for a stranger's: an engine in a
+container is outside the group."""
+
+
+def _listens(group: int, port: int) -> bool:
+    """Whether a process of this group listens on a TCP port; True where the system does not say who does."""
+    sockets = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                # Address and port in hexadecimal, state 0A for one that listens, and the inode (proc(5)).
+                _, local, _, state, _, _, _, _, _, inode, *_ = line.split()
+                if state == "0A" and int(local.rpartition(":")[2], 16) == port:
+                    sockets.add(f"socket:[{inode}]")
+    if not sockets:
+        return True
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if os.getpgid(int(entry.name)) == group:
+                for descriptor in (entry / "fd").iterdir():
+                    with contextlib.suppress(OSError):
+                        if str(descriptor.readlink()) in sockets:
+                            return True
+    return False
 
 
 def wait_ready(url: str, server: Server, *, timeout_seconds: float = 1800.0, path: str = "/health") -> None:
@@ -308,15 +419,14 @@ def wait_ready(url: str, server: Server, *, timeout_seconds: float = 1800.0, pat
 
     Raises:
         RuntimeError: the engine ended first, or the time is over; the sentence says why.
+        Refused: it ended because of an argument that a person gave it.
     """
     endpoint = Endpoint.parse(url)
     give_up = time.monotonic() + timeout_seconds
-    answer = "nothing"
+    answer, stranger_until = "nothing", 0.0
     while True:
-        if (end := server.end()) is not None:
-            if end.startswith(NOT_STARTED):
-                raise RuntimeError(f"{server.name} {end}")
-            raise RuntimeError(f"{server.name} ended while loading ({end}): {server.cause()}")
+        if server.end() is not None:
+            raise server.ended("while loading")
         try:
             status, _ = endpoint.get(path, timeout_seconds=5.0)
         except OSError:
@@ -324,20 +434,18 @@ def wait_ready(url: str, server: Server, *, timeout_seconds: float = 1800.0, pat
         except http.client.HTTPException:
             answer = "no HTTP"
         else:
-            # The engine may have ended because somebody else listens here, who would have answered.
-            if status == http.HTTPStatus.OK and server.end(POLL_SECONDS) is None:
-                return
             answer = f"HTTP {status}"
+            # Somebody else may listen here, who would have answered: the engine then ends, as soon as it tries to.
+            if status == http.HTTPStatus.OK and server.end(POLL_SECONDS) is None:
+                stranger_until = stranger_until or time.monotonic() + STRANGER_SECONDS
+                if _listens(server.pid, endpoint.port) or time.monotonic() > stranger_until:
+                    return
         if time.monotonic() > give_up:
             raise RuntimeError(
                 f"{server.name} was not ready after {timeout_seconds:g} s: GET {path} brought {answer}; "
-                f"the last line of its log: {(_lines(server.log()) or ['none'])[-1]}"
+                f"the last line of its log: {last_line(server.log()) or 'none'}"
             )
         time.sleep(POLL_SECONDS)
-
-
-def _lines(log: str) -> list[str]:
-    return [cut(line) for line in log.splitlines() if line.strip()]
 
 
 # --- addresses -------------------------------------------------------------------------------
@@ -354,6 +462,8 @@ class Endpoint:
     """The path before `/completions`, usually `/v1`."""
     key: str | None = field(default=None, repr=False)
     """Sent as a bearer token; in no message."""
+    engine: str | None = None
+    """The name of the engine that was started there; None for a server that runs already."""
 
     @classmethod
     def parse(cls, url: str, key: str | None = None) -> Endpoint:
@@ -361,9 +471,12 @@ class Endpoint:
         try:
             parts = urllib.parse.urlsplit(url)
             port = parts.port
+            # What no name server can be asked for, such as an empty part between two dots.
+            (parts.hostname or "").encode("idna")
         except ValueError:
             parts, port = urllib.parse.urlsplit(""), None
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        odd = port == 0 or parts.query or parts.fragment or not re.fullmatch("[!-~]*", parts.path)
+        if parts.scheme not in ("http", "https") or not parts.hostname or odd:
             shown = url if parts.password is None else "the address given"
             raise Refused(f"--url {cut(shown, 100)}: expected an address such as http://localhost:8000/v1")
         if parts.username or parts.password:
@@ -372,7 +485,7 @@ class Endpoint:
         return cls(
             tls=tls,
             host=parts.hostname,
-            port=port or (443 if tls else 80),
+            port=(443 if tls else 80) if port is None else port,
             prefix=parts.path.rstrip("/") or "/v1",
             key=key,
         )
@@ -394,6 +507,26 @@ class Endpoint:
     def headers(self) -> dict[str, str]:
         """Of every request."""
         return {"Connection": "close"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+
+    def wants_key(self, told: str) -> Refused:
+        """That the server did not take the key that was sent, or that there was none."""
+        if self.engine:
+            way_on = "tune sends none to an engine that it starts: leave out --api-key and unset its variable"
+        elif self.key:
+            way_on = "it does not take the key that was sent; put its own into TUNE_SERVER_KEY"
+        else:
+            way_on = "put its key into TUNE_SERVER_KEY"
+        return Final(f"{told}; {way_on}")
+
+    def listens(self) -> bool:
+        """Whether somebody still takes connections there."""
+        try:
+            with socket.create_connection((self.host, self.port), timeout=1.0):
+                return True
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            return True
 
     def get(self, path: str, *, timeout_seconds: float = 30.0, below: str | None = None) -> tuple[int, bytes]:
         """Status and first megabyte of `path`, which stands below `root` unless said otherwise."""
@@ -424,20 +557,22 @@ class Endpoint:
         try:
             connection.request(method, path, data, headers)
             with connection.getresponse() as response:
-                status, said = response.status, response.read()
+                status, said = response.status, response.read(MOST_ANSWER_BYTES)
+        except TimeoutError as error:
+            raise RuntimeError(f"{method} {path} was accepted and brought nothing for {timeout_seconds:g} s") from error
         except (OSError, http.client.HTTPException) as error:
             raise RuntimeError(f"{method} {path} brought no answer: {_said(error)}") from error
         finally:
             connection.close()
         if status != http.HTTPStatus.OK:
             raise RuntimeError(f"{method} {path} brought HTTP {status}: {_message(said)}")
-        try:
-            answer = json.loads(said)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
+        if not isinstance(answer := _json(said), dict):
             raise RuntimeError(f"{method} {path} brought no JSON object: {cut(said.decode(errors='replace'), 80)}")
         return answer
+
+
+MOST_ANSWER_BYTES = 1 << 28
+"""Of an answer that is not streamed: whoever sends more does not send what was asked for."""
 
 
 def concurrency(target: Target, beyond: str, default: int | None = None) -> list[Parameter]:
@@ -468,15 +603,23 @@ def models(endpoint: Endpoint) -> tuple[str, ...]:
 
     Raises:
         RuntimeError: nobody answers there, or not as an OpenAI-compatible server does.
+        Refused: it wants a key.
     """
     try:
         status, body = endpoint.get("/models", below=endpoint.prefix)
+    except TimeoutError as error:
+        raise RuntimeError(f"{endpoint} hangs: GET /models brought nothing for 30 s") from error
     except (OSError, http.client.HTTPException) as error:
-        raise RuntimeError(f"{endpoint} cannot be reached: {_said(error)}") from error
+        reset = isinstance(error, ConnectionResetError) and not endpoint.tls
+        hint = "; if it speaks TLS, its address begins with https" if reset else ""
+        verb = "reached" if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) else "used"
+        raise RuntimeError(f"{endpoint} cannot be {verb}: {_said(error)}{hint}") from error
+    if status in _WANTS_KEY:
+        raise endpoint.wants_key(f"GET {endpoint}/models brought HTTP {status}: {_message(body)}")
     if status != http.HTTPStatus.OK:
         raise RuntimeError(f"GET {endpoint}/models brought HTTP {status}: {_message(body)}")
     try:
-        names = tuple(str(entry["id"]) for entry in json.loads(body)["data"])
+        names = tuple(str(entry["id"]) for entry in _json(body)["data"])
     except (ValueError, TypeError, LookupError) as error:
         shown = cut(body.decode(errors="replace"), 80)
         raise RuntimeError(f"{endpoint} is not an OpenAI-compatible server: GET /models brought {shown}") from error
@@ -511,6 +654,14 @@ WORDS = (
 """Of text prompts: short and common, so that most tokenizers have a token for each."""
 
 
+def patience_seconds() -> float:
+    """How long a server may be silent in the middle of a request before it is said to hang.
+
+    Less where half of a trial's time is: a trial is some passes, and ends before its cause is known otherwise.
+    """
+    return min(300.0, float(os.environ.get(TRIAL_SECONDS, "inf")) / 2)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Load:
     """What is asked of the server in every pass."""
@@ -534,8 +685,8 @@ class Load:
     fields: Mapping[str, object] = field(default_factory=dict)
     """Further fields of every request."""
     ignore_eos: bool = True
-    timeout_seconds: float = 300.0
-    """Without a byte from the server."""
+    timeout_seconds: float = field(default_factory=patience_seconds)
+    """Without a piece of an answer from the server."""
 
     @classmethod
     def of(cls, target: Target, model: str, **others: Any) -> Load:
@@ -623,8 +774,27 @@ class Answer:
         return between + [0.0] * (self.output_tokens - len(self.arrivals))
 
 
-class RequestFailed(RuntimeError):
-    """One request brought no answer; the next one may."""
+class RequestFailed(EngineError):
+    """One request brought no answer; the next one may.
+
+    `status` is that of an answer in HTTP which was no success; None where the server did not answer to the end.
+    """
+
+    def __init__(self, sentence: str, status: int | None = None) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class RequestRefused(EngineError):
+    """The server does not take requests of this form; another one it may."""
+
+    def __init__(self, sentence: str, status: int) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class Final(Refused):
+    """A refusal that no other form of request mends: a key is missing, or answers do not end."""
 
 
 class Client:
@@ -632,6 +802,9 @@ class Client:
 
     streams = "text/event-stream"
     """Content type of an answer that is streamed."""
+    api = "an OpenAI-compatible server"
+    heeds = "max_tokens or ignore_eos"
+    """What the number of tokens of an answer hangs on."""
 
     def __init__(self, endpoint: Endpoint, load: Load, server: Server | None = None) -> None:
         self.endpoint = endpoint
@@ -645,6 +818,7 @@ class Client:
 
         Raises:
             RuntimeError: the engine ended, answered no request, or did other work than was asked for.
+            Refused: no request of this load would do; the sentence says what a person can do.
         """
         load, number = self.load, self._pass
         # Counted before the pass: also what a failed one sent must not be sent again.
@@ -721,20 +895,35 @@ class Client:
             ttft_seconds=tuple(a.arrivals[0] for a in answers if a.arrivals),
             itl_seconds=tuple(gap for a in answers for gap in a.gaps),
             failed_requests=len(failures),
+            failure=str(failures[0]) if failures else None,
         )
 
     def _tell(self, failures: Sequence[RequestFailed], others_answered: bool) -> None:
         """Say in the log why requests failed; raise where the engine ended or answered none."""
         server, first = self._server, str(failures[0])
         if server is not None:
-            if (end := server.end(LATE_SECONDS)) is not None:
-                raise RuntimeError(f"{server.name} ended in the middle of a pass ({end}): {server.cause()}")
+            if server.end(LATE_SECONDS) is not None:
+                raise server.ended("in the middle of a pass")
             if not others_answered and (lack := server.lack_of_memory()):
                 raise RuntimeError(f"out of memory: {lack}")
+        elif any(f.status is None for f in failures) and not self._stays():
+            ended = "the server has ended in the middle of a pass, nothing listens there any more"
+            never = not others_answered and all(isinstance(f.__cause__, ConnectionRefusedError) for f in failures)
+            told = first if never else f"{self.endpoint}: {ended}"
+            raise Refused(f"{told}; its own log says why; start it again")
         if not others_answered:
             raise RuntimeError(first)
         for told in dict.fromkeys(map(str, failures)):
             sys.stderr.write(f"{told}\n")
+
+    def _stays(self) -> bool:
+        """Whether a server that is not this process's own still listens a moment after a connection broke."""
+        give_up = time.monotonic() + LATE_SECONDS / 4
+        while time.monotonic() < give_up:
+            if not self.endpoint.listens():
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
 
     # --- one request
 
@@ -747,28 +936,32 @@ class Client:
             # Open loop: a request that leaves late has waited since it should have left.
             at = at if load.request_rate is not None else time.perf_counter()
         connection = self.endpoint.connect(load.timeout_seconds)
-        path = self.path(load)
+        path, name, reached = self.path(load), self._name, "took no connection"
         try:
+            connection.connect()
+            reached = "accepted the request and sent nothing"
             connection.request("POST", path, body, {"Content-Type": "application/json", **self.endpoint.headers()})
             # The connection gives its socket away to the response, which has to be closed as well.
             with connection.getresponse() as response:
                 if response.status != http.HTTPStatus.OK:
                     raise self._refusal(response.status, response.read(1 << 16), load)
+                reached = "began an answer and sent no more of it"
                 kind = response.headers.get_content_type()
                 if kind != self.streams:
-                    raise RuntimeError(
-                        f"{self._name} is not an OpenAI-compatible server that streams: POST {path} brought {kind}: "
-                        f"{cut(response.read(4096).decode(errors='replace'), 80)}"
+                    raise Refused(
+                        f"{name} is not {self.api} that streams: POST {path} brought {kind}: "
+                        f"{cut(response.read(4096).decode(errors='replace'), 80)}; name the engine itself, not what "
+                        "stands before it and gathers its answers"
                     )
                 return self.read(response, at, load)
         except TimeoutError as error:
-            raise RequestFailed(f"{self._name} hangs: not a byte in {load.timeout_seconds:g} s") from error
+            raise RequestFailed(f"{name} hangs: it {reached} for {load.timeout_seconds:g} s") from error
         except ConnectionRefusedError as error:
-            raise RequestFailed(f"{self._name}: connection refused; nothing listens at {self.endpoint}") from error
+            raise RequestFailed(f"{name}: connection refused; nothing listens at {self.endpoint}") from error
         except http.client.IncompleteRead as error:
-            raise RequestFailed(f"{self._name}: the stream was cut off before [DONE]") from error
+            raise RequestFailed(f"{name}: the stream was cut off before its end") from error
         except (http.client.HTTPException, OSError) as error:
-            raise RequestFailed(f"{self._name} broke off: {_said(error)}") from error
+            raise RequestFailed(f"{name} broke off: {_said(error)}") from error
         finally:
             connection.close()
 
@@ -781,16 +974,16 @@ class Client:
         arrivals: list[float] = []
         usage: Mapping[str, Any] | None = None
         timings: Mapping[str, Any] = {}
-        done = False
-        for now, line in streamed(response, at):
+        done, pieces = False, itertools.count(1)
+        for now, line in streamed(response, at, load.timeout_seconds):
             if not line.startswith(b"data:"):
                 continue
             event = line[5:].strip()
             if event == b"[DONE]":
                 done = True
                 break
-            piece = self.piece(event)
-            if _carries_text(piece, load.chat):
+            piece = self.piece(event, next(pieces), load)
+            if self._carries_text(piece, load.chat):
                 arrivals.append(now)
             usage = piece.get("usage") or usage
             timings = piece.get("timings") or timings
@@ -798,24 +991,43 @@ class Client:
         if not done:
             raise RequestFailed(f"{self._name}: the stream was cut off before [DONE]")
         if usage is None:
-            raise RuntimeError(
-                f"{self._name} streams no usage block, so its tokens cannot be counted; "
-                'expected it to know "stream_options": {"include_usage": true}'
+            raise Refused(
+                f"{self._name} streams no usage block, so its tokens cannot be counted; expected it to know "
+                '"stream_options": {"include_usage": true}: take a newer version of it, or one that does'
             )
         return self.answer(usage, timings, arrivals, seconds, load)
 
-    def piece(self, event: bytes) -> dict[str, Any]:
-        """One piece of a streamed answer. Raises where it is none, or is an error."""
-        try:
-            piece = json.loads(event)
-        except ValueError:
-            piece = None
+    def piece(self, event: bytes, number: int, load: Load) -> dict[str, Any]:
+        """Piece `number` of a streamed answer, from 1. Raises where it is none, is an error, or one too many."""
+        piece = _json(event)
         if not isinstance(piece, dict):
-            shown = cut(event.decode(errors="replace"), 80)
-            raise RuntimeError(f"{self._name} is not an OpenAI-compatible server: it streamed {shown}")
+            raise self._foreign(event)
         if piece.get("error"):
             raise RequestFailed(f"{self._name} broke off with an error: {_message(event)}")
+        # Some pieces bring no token, but never so many.
+        if number > 2 * load.output_tokens + SPARE_PIECES:
+            raise Final(
+                f"{self._name} does not end an answer: {number} pieces came for a request of {load.output_tokens} "
+                f"tokens, so it does not heed {self.heeds.partition(' ')[0]}; tune another engine"
+            )
         return piece
+
+    def _foreign(self, event: bytes) -> RuntimeError:
+        return RuntimeError(f"{self._name} is not {self.api}: it streamed {cut(event.decode(errors='replace'), 80)}")
+
+    def _carries_text(self, piece: Mapping[str, Any], chat: bool) -> bool:
+        """Whether a piece brings tokens: not a role, not a mere end, not the usage block."""
+        choices = piece.get("choices")
+        if not choices:
+            return False
+        first = choices[0] if isinstance(choices, list) else None
+        delta = (first.get("delta") or {}) if chat and isinstance(first, dict) else first
+        if not isinstance(first, dict) or not isinstance(delta, dict):
+            raise self._foreign(json.dumps(piece).encode())
+        if chat:
+            return any(delta.get(key) for key in ("content", "reasoning_content", "reasoning", "tool_calls"))
+        # A token may have no text of its own: half a character, or a special one.
+        return bool(first.get("text")) or first.get("finish_reason") is None
 
     def answer(
         self,
@@ -830,22 +1042,27 @@ class Client:
             output, prompt = int(usage["completion_tokens"]), int(usage["prompt_tokens"])
             cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
             prefill, decode = (
-                float(timings[key]) / 1e3 if key in timings else None for key in ("prompt_ms", "predicted_ms")
+                _seconds(timings[key]) if key in timings else None for key in ("prompt_ms", "predicted_ms")
             )
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            if output < 0 or prompt < 0 or cached < 0:
+                raise ValueError("a count below 0")
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise RuntimeError(
-                f"{self._name} streams a usage block that cannot be read: {cut(str(usage), 80)}"
+                f"{self._name} streams counts that cannot be read: {cut(json.dumps([usage, timings]), 120)}"
             ) from error
         if output != load.output_tokens:
-            raise RuntimeError(
+            raise Refused(
                 f"{self._name} generated {output} tokens for a request instead of {load.output_tokens}; "
-                "it does not heed max_tokens or ignore_eos"
+                f"it does not heed {self.heeds}; ask for fewer --output-tokens, or tune another engine"
             )
         if load.exact_prompts and prompt != load.prompt_tokens:
             raise RuntimeError(f"{self._name} counted {prompt} prompt tokens instead of {load.prompt_tokens}")
         # A template's opening is the same in every prompt; more than that was asked for before.
         if cached > max(prompt // 2, 1) and prompt > 1:
-            raise RuntimeError(f"{self._name} took {cached} of {prompt} prompt tokens from a cache")
+            raise Refused(
+                f"{self._name} took {cached} of {prompt} prompt tokens from a cache, though no prompt is sent twice; "
+                "start it without one (vLLM: --no-enable-prefix-caching, SGLang: --disable-radix-cache)"
+            )
         return Answer(
             seconds=seconds,
             output_tokens=output,
@@ -855,20 +1072,33 @@ class Client:
             decode_seconds=decode,
         )
 
-    def _refusal(self, status: int, body: bytes, load: Load) -> RuntimeError:
-        told = f"{self._name} answered HTTP {status}: {_message(body)}"
+    def _refusal(self, status: int, body: bytes, load: Load) -> RuntimeError | Refused:
+        message = _message(body).rstrip(".")
+        told = f"{self._name} answered HTTP {status}: {message}"
         if status == http.HTTPStatus.NOT_FOUND:
             with contextlib.suppress(RuntimeError):
                 offered = models(self.endpoint)
                 if load.model not in offered:
-                    return RuntimeError(
-                        f"{told}; the models that it offers are {cut(', '.join(offered) or 'none', 200)}"
-                    )
-        if status == http.HTTPStatus.UNAUTHORIZED:
-            return RuntimeError(f"{told}; put its key into TUNE_SERVER_KEY")
+                    return Refused(f"{told}; the models that it offers are {cut(', '.join(offered) or 'none', 200)}")
+        if status in _WANTS_KEY:
+            return self.endpoint.wants_key(told)
         # Too many requests, or a failure of the server's own: the next one may be answered.
-        transient = status == http.HTTPStatus.TOO_MANY_REQUESTS or status >= http.HTTPStatus.INTERNAL_SERVER_ERROR
-        return RequestFailed(told) if transient else RuntimeError(told)
+        if status == http.HTTPStatus.TOO_MANY_REQUESTS or status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
+            return RequestFailed(told, status)
+        if _TOO_LONG.search(message):
+            return Refused(f"{told}; ask for less with --prompt-tokens (it is {load.prompt_tokens}) or --output-tokens")
+        return RequestRefused(told, status)
+
+
+_WANTS_KEY = (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN)
+
+_TOO_LONG = re.compile(r"(?i)\bcontext\b|\btoo long\b|\bmaximum .{0,40}(?:length|tokens)")
+"""How servers say that a prompt with its answer does not fit."""
+
+SPARE_PIECES = 256
+"""Of an answer, beside those that bring tokens."""
+
+MOST_LINE_BYTES = 1 << 20
 
 
 class ServedEngine:
@@ -919,9 +1149,8 @@ class JudgedServer(ServedEngine, abc.ABC):
         try:
             return judge(reference, self._passage, self._nats)
         except RuntimeError as error:
-            if (end := self._server.end(LATE_SECONDS)) is not None:
-                name, cause = self._server.name, self._server.cause()
-                raise RuntimeError(f"{name} ended while its output was judged ({end}): {cause}") from error
+            if self._server.end(LATE_SECONDS) is not None:
+                raise self._server.ended("while its output was judged") from error
             raise
 
     def _passage(self) -> Passage:
@@ -950,34 +1179,34 @@ class JudgedServer(ServedEngine, abc.ABC):
         """Of each judged token, in the configuration that runs."""
 
 
-def streamed(response: http.client.HTTPResponse, at: float) -> Iterator[tuple[float, bytes]]:
-    """Each line of an answer, with the seconds from `at` to the moment that it came."""
-    rest = b""
+def streamed(
+    response: http.client.HTTPResponse, at: float, patience_seconds: float = math.inf
+) -> Iterator[tuple[float, bytes]]:
+    """Each line of an answer, with the seconds from `at` to the moment that it came.
+
+    Raises:
+        TimeoutError: for so long came nothing but comments, blank lines and parts of lines.
+        OSError: a line does not end.
+    """
+    rest, heard = b"", time.perf_counter()
     while data := response.read1(1 << 16):
-        now = time.perf_counter() - at
+        now = time.perf_counter()
         *lines, rest = (rest + data).split(b"\n")
+        if len(rest) > MOST_LINE_BYTES:
+            raise OSError(f"a line of more than {MOST_LINE_BYTES >> 20} MiB")
         for line in lines:
-            yield now, line
-
-
-def _carries_text(piece: Mapping[str, Any], chat: bool) -> bool:
-    """Whether a piece brings tokens: not a role, not a mere end, not the usage block."""
-    choices = piece.get("choices")
-    if not choices:
-        return False
-    first = choices[0]
-    if chat:
-        delta = first.get("delta") or {}
-        return any(delta.get(key) for key in ("content", "reasoning_content", "reasoning", "tool_calls"))
-    # A token may have no text of its own: half a character, or a special one.
-    return bool(first.get("text")) or first.get("finish_reason") is None
+            if line.strip() and not line.startswith(b":"):
+                heard = now
+            yield now - at, line
+        if now - heard > patience_seconds:
+            raise TimeoutError
 
 
 def _message(body: bytes) -> str:
     """The message of an error as servers word it, cut."""
     text = body.decode(errors="replace")
-    with contextlib.suppress(ValueError):
-        found = json.loads(text)
+    found = _json(body)
+    if found is not None:
         for key in ("error", "detail", "message"):
             if isinstance(found, dict) and found.get(key):
                 found = found[key]
@@ -985,10 +1214,42 @@ def _message(body: bytes) -> str:
     return cut(text) or "no message"
 
 
+def _json(text: bytes) -> Any:
+    """What a text says; None where it is no JSON."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    return None
+
+
+def _seconds(milliseconds: Any) -> float:
+    if not math.isfinite(seconds := float(milliseconds) / 1e3) or seconds < 0:
+        raise ValueError("no time")
+    return seconds
+
+
 def _said(error: Exception) -> str:
+    """What went wrong on the way to a server and back."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted ({error.verify_message}); SSL_CERT_FILE names a file of those that are"
+    # Its number is OpenSSL's and no errno.
+    if isinstance(error, ssl.SSLError):
+        reason = (error.reason or "no reason given").replace("_", " ").lower()
+        return f"it does not speak TLS as expected ({reason}); if it has none, its address begins with http"
+    if isinstance(error, socket.gaierror):
+        return f"its host is unknown ({error.strerror})"
+    if isinstance(error, ConnectionError | TimeoutError) and error.errno is None:
+        return cut(str(error)) or type(error).__name__
+    if isinstance(error, http.client.BadStatusLine | http.client.UnknownProtocol | http.client.LineTooLong):
+        line = str(error)
+        told = "TLS; its address begins with https" if line.startswith(_TLS_ALERT) else cut(line, 80)
+        return f"it does not speak HTTP, it answered {told}"
     if isinstance(error, OSError) and error.errno:
         return errno_text(error.errno)
     return cut(str(error)) or type(error).__name__
+
+
+_TLS_ALERT = "\x15\x03"
+"""How a TLS server's answer to anything else begins (RFC 8446, section 5.1)."""
 
 
 def errno_text(number: int) -> str:

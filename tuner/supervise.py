@@ -74,6 +74,15 @@ def alive(group: int, but: int = 0) -> bool:
     return False
 
 
+def out_of_memory_kills() -> int:
+    """How many processes the kernel has killed for lack of memory since boot; 0 where it does not say."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/vmstat") as counts:  # noqa: PTH123 - as above
+        for line in counts:
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
 def say(status: int, words: str) -> None:
     """Tell the worker, which may be gone."""
     with contextlib.suppress(BrokenPipeError):

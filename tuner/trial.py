@@ -93,6 +93,8 @@ class Work:
     """Time between two tokens of one request, of all requests: read for the window's metrics, then dropped."""
     failed_requests: int = 0
     """Requests that brought no answer; a window that holds one does not count."""
+    failure: str | None = None
+    """Why the first of them brought none; read for the window's faults, then dropped."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Figures that the engine itself reports of this pass, by a name that says the unit; read for the window's
     metrics, as their mean over its passes, then dropped."""
@@ -263,6 +265,14 @@ class Energy:
     joules: float
     low: float
     high: float
+
+
+TRIAL_SECONDS = "TUNE_TRIAL_SECONDS"
+"""The variable that tells an engine's client in a worker when its trial is given up."""
+
+
+class EngineError(RuntimeError):
+    """A failure of an engine that its message names in a whole sentence, as that of a plain `RuntimeError` does."""
 
 
 class MeterError(Exception):

@@ -32,9 +32,11 @@ from tuner.meters import MeterOptions, open_meter
 from tuner.space import Config, Lever, Refused, Value
 from tuner.telemetry import Sampler
 from tuner.trial import (
+    TRIAL_SECONDS,
     Changeable,
     Energy,
     Engine,
+    EngineError,
     Explained,
     Idle,
     Judged,
@@ -89,6 +91,8 @@ class Result:
     figures: Mapping[str, float] = field(default_factory=dict)
     reused: bool = False
     error: str | None = None
+    refused: bool = False
+    """Whether a person has to act, and no other configuration would help (`Refused`)."""
 
 
 @dataclass
@@ -152,6 +156,7 @@ class Desk:
 def run(desk: Desk, report: Phases) -> None:
     """Launch the engine once and measure it, again after each change that needs no other launch."""
     job = desk.job
+    os.environ[TRIAL_SECONDS] = str(job.plan.timeout_seconds)
     runner = load_runner(Path(job.runner))
     unit = unit_of(runner, job.target)
     with (
@@ -386,7 +391,10 @@ def attempt(desk: Desk, report: Phases) -> Result:
     except Exception as error:  # noqa: BLE001 - an engine may raise anything; a failed trial is a result
         traceback.print_exc(limit=-2)
         told = " ".join(str(error).split())
-        return desk.found.result(told if isinstance(error, Refused) else f"{type(error).__name__}: {told}")
+        # These hold a whole sentence. Anything else nobody foresaw, and its kind may say more than its text.
+        named = isinstance(error, Refused | EngineError | MeterError) or type(error) is RuntimeError
+        found = desk.found.result(told if named and told else f"{type(error).__name__}: {told}")
+        return replace(found, refused=isinstance(error, Refused))
     return desk.found.result()
 
 

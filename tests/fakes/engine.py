@@ -13,7 +13,7 @@ from tuner.trial import Work
 
 DEATHS = ("segv", "kill", "abort", "exit", "child")
 WAITS = ("hang", "hang-loading", "parent")
-FAULTS = ("raise", "refuse", "memory", "log", "late", "nothing", "nan", "short")
+FAULTS = ("raise", "bug", "refuse", "memory", "log", "late", "nothing", "nan", "short")
 MODES = ("ok", *FAULTS, *DEATHS, *WAITS)
 
 
@@ -91,6 +91,8 @@ def misbehave(mode):
     match mode:
         case "raise":
             raise RuntimeError("the engine is on fire")
+        case "bug":
+            raise KeyError("n_layer")
         case "segv":
             os.kill(os.getpid(), signal.SIGSEGV)
         case "kill":

@@ -9,6 +9,7 @@ The pieces are those of vLLM 0.32 and of llama.cpp's server, as both streamed th
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import posix
@@ -26,6 +27,20 @@ CUDA_OUT_OF_MEMORY = (
     "and 275.38 MiB is reserved by PyTorch but unallocated."
 )
 """As vLLM's EngineCore logged it (github.com/noonghunna/club-3090, issue 16)."""
+
+
+_DONE = b"\n\ndata: [DONE]"
+ODD_PIECES = {
+    "dict-choices": b'{"choices": {"text": "x"}}',
+    "text-choices": b'{"choices": "x"}',
+    "number-choice": b'{"choices": [7]}',
+    "nested": b"[" * 100_000,
+    "text-usage": b'{"usage": "many"}' + _DONE,
+    "list-details": b'{"usage": {"completion_tokens": 6, "prompt_tokens": 8, "prompt_tokens_details": [1]}}' + _DONE,
+    "infinite": b'{"usage": {"completion_tokens": 1e999, "prompt_tokens": 8}}' + _DONE,
+    "no-time": b'{"usage": {"completion_tokens": 6, "prompt_tokens": 8}, "timings": {"prompt_ms": NaN}}' + _DONE,
+}
+"""Pieces that are JSON, or nearly, and not of the API."""
 
 
 class Engine:
@@ -161,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         prompt = asked["messages"][0]["content"] if chat else asked["prompt"]
         if mode == "text-only" and isinstance(prompt, list):
             return self.error(400, "prompt: expected a string", "BadRequestError")
-        if mode == "strict" and "ignore_eos" in asked:
+        if mode in ("strict", "strict-no-usage") and "ignore_eos" in asked:
             return self.error(400, "Unrecognized request argument supplied: ignore_eos", "invalid_request_error")
         if mode == "500" or (mode == "every-other" and number % 2):
             return self.error(500, "EngineCore encountered an issue. See stack trace (above) for the root cause.")
@@ -169,6 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.error(400, "This model's maximum context length is 48 tokens.", "BadRequestError")
         if mode == "401":
             return self.error(401, "Unauthorized", "Unauthorized")
+        if mode == "403":
+            return self.error(403, "Forbidden", "Forbidden")
         if mode == "html":
             return self.reply(200, "<html>It works!</html>", "text/html")
         if mode == "not-streaming":
@@ -248,9 +265,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.event(
                 {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
             )
+        if mode in ODD_PIECES:
+            self.chunk(b"data: " + ODD_PIECES[mode] + b"\n\n")
+            return
         at_once = 2 if mode == "pairs" else 1
-        for index in range(0, count, at_once):
+        for index in itertools.count() if mode == "endless" else range(0, count, at_once):
             time.sleep(self.served.token_seconds)
+            if mode == "stall" and index >= count // 2:
+                # Comments keep a connection open and say nothing.
+                for _ in range(60):
+                    self.chunk(b": still here\n\n")
+                    time.sleep(0.05)
+                return
             if mode == "cut" and index >= count // 2:
                 self.wfile.write(b"0\r\n\r\n")
                 return
@@ -267,7 +293,7 @@ class _Handler(BaseHTTPRequestHandler):
             end = "length" if index + at_once >= count else None
             piece = {"delta": {"content": text}} if chat else {"text": text}
             self.event({"choices": [{"index": 0, **piece, "finish_reason": end}], "usage": None})
-        if mode != "no-usage":
+        if mode not in ("no-usage", "strict-no-usage"):
             usage = {"prompt_tokens": tokens + (mode == "miscounts"), "completion_tokens": count}
             if mode == "cached":
                 usage["prompt_tokens_details"] = {"cached_tokens": tokens - 1}
