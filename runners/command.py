@@ -2,14 +2,14 @@
 
 The file says which command runs, what may be changed in it, and where its output says how many tokens or
 images it made (docs/engines/command.md). It is data: argument lists reach no shell, `{name}` is replaced by
-a value that the search space has checked, and constraints are read by a grammar of their own.
+a value that the search space has checked, and constraints are read by a grammar of their own
+(`tuner.expression`).
 
 Two modes. In `run` each pass starts the command and waits for its end; start-up and loading are then inside
 every window and cannot be told apart from the work. In `server` the command stays, and each pass runs a
 second one, `[load]`, against it.
 
-A process of its own, the keeper, starts the commands. It takes in what they leave behind, also daemons, and
-ends all of it when it is told to or when the worker has gone, whoever killed it.
+A process of its own, the keeper (`tuner.keeper`), starts the commands and ends all that they leave behind.
 
 Glossary
     spec       the TOML file, read and checked
@@ -21,7 +21,6 @@ Glossary
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import http.client
@@ -29,24 +28,22 @@ import json
 import math
 import os
 import re
-import selectors
 import shlex
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self, cast, get_args
+from typing import Any, Literal, NoReturn, cast, get_args
 from urllib.parse import urlsplit
 
+from tuner.expression import KEYWORDS, MOST_RULE_CHARACTERS, Kind, RuleFault, kind_of, rule
+from tuner.keeper import Keeper, ending
 from tuner.space import (
     Choice,
     Config,
@@ -64,28 +61,11 @@ from tuner.space import (
     excerpt,
     show,
 )
-from tuner.supervise import out_of_memory_kills
 from tuner.trial import EngineError, Service, Target, Unit, Work
 
 PASS_SECONDS = 300.0
 READY_SECONDS = 120.0
 """How long a pass and a server's start may take where the file does not say."""
-
-MOST_OUTPUT_BYTES = 16 * 2**20
-"""A pass that prints more has failed: the figures may stand in what nobody reads."""
-
-MOST_LOG_BYTES = 256 * 2**10
-TAIL_BYTES = 8 * 2**10
-"""Of each run, so much goes into the trial's log at once, and so much of its end."""
-
-LINGER_SECONDS = 2.0
-"""How long the children of a command may outlive it before it is said to have left them behind."""
-
-GRACE_SECONDS = 3.0
-"""Between asking a command to end and killing it."""
-
-KILL_SECONDS = 5.0
-"""How long a killed process is waited for: one that is stuck in a driver may never go."""
 
 POLL_SECONDS = 0.05
 
@@ -97,264 +77,8 @@ MOST_UNITS = 2**53
 
 SERVICE_PORT = 8080
 
-MOST_RULE_CHARACTERS = 500
-MOST_RULE_DEPTH = 50
-
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _METRIC = re.compile(r"[a-z][a-z0-9_]*")
-
-# --- constraints -----------------------------------------------------------------------------
-#
-#   rule       = either [ "->" rule ]                     a -> b: where a holds, b must hold
-#   either     = both { "or" both }
-#   both       = negation { "and" negation }
-#   negation   = "not" negation | comparison
-#   comparison = sum { ( "<" | "<=" | "==" | "!=" | ">=" | ">" ) sum }      1 <= a <= b holds where both do
-#   sum        = product { ( "+" | "-" ) product }
-#   product    = sign { ( "*" | "/" ) sign }
-#   sign       = "-" sign | atom
-#   atom       = number | 'text' | "true" | "false" | name | "(" rule ")"
-
-Kind = Literal["number", "truth", "text"]
-_KINDS: Mapping[Kind, str] = {"number": "a number", "truth": "true or false", "text": "a text"}
-_WORDS = ("and", "or", "not", "true", "false")
-_TOKEN = re.compile(
-    r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|(?P<name>[A-Za-z_][A-Za-z0-9_]*)"
-    r"|(?P<text>'[^']*'|\"[^\"]*\")|(?P<sign>->|<=|>=|==|!=|[<>+\-*/()]))"
-)
-_COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
-    "<": lambda a, b: a < b,
-    "<=": lambda a, b: a <= b,
-    "==": lambda a, b: a == b,
-    "!=": lambda a, b: a != b,
-    ">=": lambda a, b: a >= b,
-    ">": lambda a, b: a > b,
-}
-_ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-    "/": lambda a, b: a / b,
-}
-
-
-class RuleFault(ValueError):
-    """A constraint that cannot be read: what is wrong, and at which column (from 1)."""
-
-    def __init__(self, column: int, sentence: str) -> None:
-        super().__init__(f"column {column}: {sentence}")
-        self.column = column
-
-
-@dataclass(frozen=True)
-class _Node:
-    """A part of a rule: what kind of value it has, where it begins, and how it is worked out."""
-
-    kind: Kind
-    column: int
-    of: Callable[[Mapping[str, Value]], Any]
-
-
-@dataclass(frozen=True)
-class _Token:
-    kind: str
-    text: str
-    column: int
-
-
-def _tokens(text: str) -> list[_Token]:
-    found, end = [], 0
-    while text[end:].strip():
-        match = _TOKEN.match(text, end)
-        if match is None or match.lastgroup is None:
-            column = len(text) - len(text[end:].lstrip()) + 1
-            odd = text[column - 1]
-            quotes = "; a text ends with the quote that it begins with"
-            hint = {"=": "; equality is written ==", "'": quotes, '"': quotes}.get(odd, "")
-            raise RuleFault(column, f"{excerpt(odd)} means nothing here{hint}")
-        found.append(_Token(match.lastgroup, match[match.lastgroup], match.start(match.lastgroup) + 1))
-        end = match.end()
-    return [*found, _Token("end", "", len(text.rstrip()) + 1)]
-
-
-class _Rule:
-    """A recursive-descent reader, one method for each line of the grammar above."""
-
-    def __init__(self, text: str, kinds: Mapping[str, Kind]) -> None:
-        if len(text) > MOST_RULE_CHARACTERS:
-            raise RuleFault(MOST_RULE_CHARACTERS, f"expected at most {MOST_RULE_CHARACTERS} characters")
-        self._tokens = _tokens(text)
-        self._kinds = kinds
-        self._at = 0
-        self._depth = 0
-
-    def read(self) -> _Node:
-        node = self._truth(self._rule())
-        if self._next.kind != "end":
-            self._refuse("an operator or the end")
-        return node
-
-    @property
-    def _next(self) -> _Token:
-        return self._tokens[self._at]
-
-    def _take(self, *texts: str) -> _Token | None:
-        token = self._next
-        if token.kind in ("sign", "name") and token.text in texts:
-            self._at += 1
-            return token
-        return None
-
-    def _refuse(self, expected: str) -> NoReturn:
-        got = "the end" if self._next.kind == "end" else excerpt(self._next.text)
-        raise RuleFault(self._next.column, f"expected {expected}, got {got}")
-
-    def _of_kind(self, node: _Node, kind: Kind) -> _Node:
-        if node.kind != kind:
-            raise RuleFault(node.column, f"expected {_KINDS[kind]}, got {_KINDS[node.kind]}")
-        return node
-
-    def _truth(self, node: _Node) -> _Node:
-        return self._of_kind(node, "truth")
-
-    def _rule(self) -> _Node:
-        self._depth += 1
-        if self._depth > MOST_RULE_DEPTH:
-            raise RuleFault(self._next.column, f"expected at most {MOST_RULE_DEPTH} levels")
-        left = self._either()
-        if self._take("->"):
-            a, b = self._truth(left), self._truth(self._rule())
-            left = _Node("truth", a.column, lambda c: not a.of(c) or b.of(c))
-        self._depth -= 1
-        return left
-
-    def _either(self) -> _Node:
-        left = self._both()
-        while self._take("or"):
-            left = self._or(self._truth(left), self._truth(self._both()))
-        return left
-
-    def _both(self) -> _Node:
-        left = self._negation()
-        while self._take("and"):
-            left = self._and(self._truth(left), self._truth(self._negation()))
-        return left
-
-    @staticmethod
-    def _or(a: _Node, b: _Node) -> _Node:
-        return _Node("truth", a.column, lambda c: a.of(c) or b.of(c))
-
-    @staticmethod
-    def _and(a: _Node, b: _Node) -> _Node:
-        return _Node("truth", a.column, lambda c: a.of(c) and b.of(c))
-
-    def _negation(self) -> _Node:
-        if word := self._take("not"):
-            node = self._truth(self._deeper(self._negation))
-            return _Node("truth", word.column, lambda c: not node.of(c))
-        return self._comparison()
-
-    def _comparison(self) -> _Node:
-        left = self._sum()
-        found: _Node | None = None
-        while sign := self._take(*_COMPARE):
-            right = self._sum()
-            if right.kind != left.kind or (left.kind != "number" and sign.text not in ("==", "!=")):
-                allowed = "two numbers" if sign.text not in ("==", "!=") else "two values of one kind"
-                kinds = f"{_KINDS[left.kind]} and {_KINDS[right.kind]}"
-                raise RuleFault(sign.column, f"{sign.text} compares {allowed}, got {kinds}")
-            link = self._compare(_COMPARE[sign.text], left, right)
-            found = link if found is None else self._and(found, link)
-            left = right
-        return found or left
-
-    @staticmethod
-    def _compare(holds: Callable[[Any, Any], bool], a: _Node, b: _Node) -> _Node:
-        return _Node("truth", a.column, lambda c: holds(a.of(c), b.of(c)))
-
-    def _sum(self) -> _Node:
-        return self._chain(self._product, "+", "-")
-
-    def _product(self) -> _Node:
-        return self._chain(self._sign, "*", "/")
-
-    def _chain(self, part: Callable[[], _Node], *signs: str) -> _Node:
-        left = part()
-        while sign := self._take(*signs):
-            left = self._calculate(
-                _ARITHMETIC[sign.text], self._of_kind(left, "number"), self._of_kind(part(), "number")
-            )
-        return left
-
-    @staticmethod
-    def _calculate(result: Callable[[Any, Any], Any], a: _Node, b: _Node) -> _Node:
-        return _Node("number", a.column, lambda c: result(a.of(c), b.of(c)))
-
-    def _sign(self) -> _Node:
-        if sign := self._take("-"):
-            node = self._of_kind(self._deeper(self._sign), "number")
-            return _Node("number", sign.column, lambda c: -node.of(c))
-        return self._atom()
-
-    def _deeper(self, part: Callable[[], _Node]) -> _Node:
-        self._depth += 1
-        if self._depth > MOST_RULE_DEPTH:
-            raise RuleFault(self._next.column, f"expected at most {MOST_RULE_DEPTH} levels")
-        node = part()
-        self._depth -= 1
-        return node
-
-    def _atom(self) -> _Node:
-        token = self._next
-        if self._take("("):
-            node = self._rule()
-            if not self._take(")"):
-                self._refuse("an operator or )")
-            return node
-        if token.kind == "number":
-            number = float(token.text) if re.search(r"[.eE]", token.text) else int(token.text)
-            return self._constant("number", token, number)
-        if token.kind == "text":
-            return self._constant("text", token, token.text[1:-1])
-        if token.kind == "name" and token.text in ("true", "false"):
-            return self._constant("truth", token, token.text == "true")
-        if token.kind != "name" or token.text in _WORDS:
-            self._refuse("a parameter, a number, a 'text' or (")
-        if token.text not in self._kinds:
-            near = closest(token.text, list(self._kinds))
-            raise RuleFault(token.column, f"no parameter is called {excerpt(token.text)}{near}")
-        self._at += 1
-        return _Node(self._kinds[token.text], token.column, lambda c: c[token.text])
-
-    def _constant(self, kind: Kind, token: _Token, value: Value) -> _Node:
-        self._at += 1
-        return _Node(kind, token.column, lambda _: value)
-
-
-def rule(text: str, kinds: Mapping[str, Kind]) -> Callable[[Mapping[str, Value]], bool]:
-    """The check that a constraint stands for; `kinds` has the parameters that it may name.
-
-    A configuration for which it cannot be worked out (a division by 0) breaks it.
-
-    Raises:
-        RuleFault: it cannot be read, names what there is not, or compares what does not compare.
-    """
-    node = _Rule(text, kinds).read()
-
-    def holds(config: Mapping[str, Value]) -> bool:
-        try:
-            return bool(node.of(config))
-        except ArithmeticError:
-            return False
-
-    return holds
-
-
-def _kind(parameter: Parameter) -> Kind:
-    if isinstance(parameter.default, bool):
-        return "truth"
-    return "text" if isinstance(parameter.default, str) else "number"
-
 
 # --- placeholders ----------------------------------------------------------------------------
 
@@ -462,7 +186,7 @@ class Spec:
 LOAD = ("prompts", "prompt_tokens", "output_tokens", "seed", "model")
 """Placeholders of the load, the same for every trial. `{port}` is a free port, in server mode."""
 
-RESERVED = frozenset({*LOAD, *_WORDS, "port", "gpu_power_limit_w", "gpu_sm_clock_mhz"})
+RESERVED = frozenset({*LOAD, *KEYWORDS, "port", "gpu_power_limit_w", "gpu_sm_clock_mhz"})
 
 OWN_METRICS = re.compile(r"(tokens|images)_per_s|(latency|ttft|itl)_(mean|p\d+)_s|quality_loss")
 """Figures that tune works out itself."""
@@ -831,7 +555,7 @@ def _parameters(top: _Table) -> tuple[tuple[Parameter, ...], dict[str, Kind]]:
             declared[name] = _declared_kind(one)
             if (parameter := _parameter(name, one)) is not None:
                 found.append(parameter)
-                declared[name] = _kind(parameter)
+                declared[name] = kind_of(parameter)
     if table is not None and not table.names():
         top.fault("parameters", "expected at least one parameter")
     return tuple(found), declared
@@ -1261,7 +985,7 @@ class CommandEngine:
                 sign = f"{url} {answer}" if url else f"nothing that it prints matches {pattern}"
                 raise RuntimeError(
                     f"the server was not ready after {ready.timeout_seconds:g} s (ready.timeout):"
-                    f" {sign}{_ending(self._server.output())}"
+                    f" {sign}{ending(self._server.output())}"
                 )
             time.sleep(POLL_SECONDS)
 
@@ -1317,7 +1041,7 @@ class CommandEngine:
         if ended is None:
             raise RuntimeError(
                 f"{label} did not end within {step.timeout_seconds:g} s ({step.table}.timeout); raise it if that is its"
-                f" normal speed{_ending(self._keeper.output())}"
+                f" normal speed{ending(self._keeper.output())}"
             )
         if cause := ended.cause(label):
             self._check_server(f"while the load ran, and then {cause}")
@@ -1362,13 +1086,6 @@ def _status(url: str) -> int | None:
 
 def _good(status: int | None) -> bool:
     return status is not None and 200 <= status < 300
-
-
-def _ending(text: str) -> str:
-    """The last line of an output, to close a sentence with; nothing where there is none."""
-    last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
-    last = "".join(c if c.isprintable() else " " for c in last).strip()
-    return f"; its last line is {excerpt(last, 200)}" if last else "; it printed nothing"
 
 
 # --- what a command says ---------------------------------------------------------------------
@@ -1438,9 +1155,7 @@ class Said:
             return figure.regex.findall(self._text)
 
     def _missing(self, figure: Figure) -> Misfit:
-        return Misfit(
-            f"{self._label} printed no {str(figure).removeprefix('a ')} ({figure.where}){_ending(self._text)}"
-        )
+        return Misfit(f"{self._label} printed no {str(figure).removeprefix('a ')} ({figure.where}){ending(self._text)}")
 
     def _number(self, figure: Figure, value: Any) -> float:
         """As a number, scaled. A regex finds text; JSON brings numbers, and `true` is none."""
@@ -1517,345 +1232,3 @@ def _at(document: Any, path: Sequence[str]) -> Any:
         else:
             return None
     return document
-
-
-# --- the keeper, seen from the worker --------------------------------------------------------
-
-_NO_MEMORY = re.compile(
-    r"out of memory|OutOfMemoryError|\bMemoryError\b|Cannot allocate memory|std::bad_alloc|failed to allocate",
-    re.IGNORECASE,
-)
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    status: int | None
-    """Exit status; negative: the signal's number; None where it did not start."""
-    fault: str = ""
-    """Why it did not start, or was ended."""
-    left: tuple[str, ...] = ()
-    """Processes that outlived it; they were ended."""
-    tail: str = ""
-    """The end of what it printed."""
-    lack_of_memory: bool = field(default=False, compare=False)
-    """Whether the kernel killed a process for lack of memory meanwhile."""
-
-    @property
-    def is_its_own(self) -> bool:
-        """Whether the command, and neither a signal nor a lack of memory, brought about this end."""
-        if self.status is None or self.fault:
-            return True
-        return self.status >= 0 and not _NO_MEMORY.search(self.tail)
-
-    def cause(self, label: str) -> str | None:
-        """Why this run does not count, in a sentence; None where it does."""
-        if self.status is None or self.fault:
-            return f"{label} {self.fault or 'did not start'}"
-        if self.status == 0 and self.left:
-            return (
-                f"{label} ended and left {', '.join(self.left)} running: energy of work that goes on after a pass is in"
-                " no window; let the command wait for what it starts"
-            )
-        if self.status == 0:
-            return None
-        if self.lack_of_memory and self.status == -signal.SIGKILL:
-            return f"out of memory: the kernel killed {label}{_ending(self.tail)}"
-        if self.status < 0:
-            return f"{label} was killed by {_signal_name(-self.status)}{_ending(self.tail)}"
-        memory = "out of memory: " if _NO_MEMORY.search(self.tail) else ""
-        return f"{memory}{label} ended with exit status {self.status}, expected 0{_ending(self.tail)}"
-
-
-def _signal_name(number: int) -> str:
-    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-
-
-class Keeper:
-    """A process that runs one command after the other, and ends it with all that it started.
-
-    It sits in a session of its own, so that a signal for the worker's group does not end it before its
-    command, and reads from a pipe that this process alone holds: the end of the file is the worker's death.
-    """
-
-    def __init__(self) -> None:
-        # Without a name: nothing is left on the disk, whoever dies.
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the keeper
-        self._buffer = b""
-        self._kills = 0
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", str(Path(__file__).resolve()), str(self._output.fileno())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                pass_fds=(self._output.fileno(),),
-                start_new_session=True,
-            )
-        except BaseException:
-            self._output.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def start(
-        self, argv: Sequence[str], folder: Path, env: Mapping[str, str], keep: Sequence[str], *, endless: bool = False
-    ) -> None:
-        """Start a command. `keep`: the streams of which the text is kept; `endless`: it may print without end."""
-        job = {"argv": list(argv), "folder": str(folder), "env": dict(env), "keep": list(keep), "endless": endless}
-        self._kills = out_of_memory_kills()
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(job).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError as error:
-            raise RuntimeError("the process that watches over the command has gone; see the log") from error
-
-    def wait(self, seconds: float) -> Ended | None:
-        """How the command ended; None where it has not, after so long."""
-        assert self._process.stdout is not None
-        give_up = time.monotonic() + seconds
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            while b"\n" not in self._buffer:
-                if not selector.select(max(0.0, give_up - time.monotonic())):
-                    return None
-                chunk = os.read(self._process.stdout.fileno(), 65536)
-                if not chunk:
-                    raise RuntimeError("the process that watches over the command has gone; see the log")
-                self._buffer += chunk
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        told = json.loads(line)
-        return Ended(
-            told["status"], told["fault"], tuple(told["left"]), told["tail"], out_of_memory_kills() > self._kills
-        )
-
-    def output(self) -> str:
-        """What the command printed, as far as it is kept."""
-        return os.pread(self._output.fileno(), MOST_OUTPUT_BYTES, 0).decode(errors="replace")
-
-    def close(self) -> None:
-        """End the command and everything that it started; may be called twice."""
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(OSError):
-            process.stdin.close()
-        try:
-            process.wait(GRACE_SECONDS + 2 * KILL_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
-        self._output.close()
-
-
-# --- the keeper itself -----------------------------------------------------------------------
-
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-"""prctl(2): the signal for the death of the parent; orphans below this process become its children."""
-
-
-def _prctl(option: int, value: int) -> None:
-    """Nothing where the system has no such call: there, only the command's process group is ended."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
-
-
-@dataclass
-class _Stream:
-    """One of a command's two streams."""
-
-    keep: bool
-    seen: int = 0
-    tail: bytes = b""
-
-
-class _Watch:
-    """Runs commands for a worker that speaks through standard input, one JSON line each."""
-
-    def __init__(self, output: int) -> None:
-        self._output = output
-        self._jobs = b""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        self._woken, waker = os.pipe()
-        os.set_blocking(self._woken, False)
-        os.set_blocking(waker, False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        self._status: dict[int, int] = {}
-        self._logged = 0
-
-    def serve(self) -> None:
-        """Until the worker closes the pipe, or dies."""
-        while self._more():
-            while b"\n" in self._jobs:
-                line, _, self._jobs = self._jobs.partition(b"\n")
-                told = self._run(json.loads(line))
-                if told is None:
-                    return
-                with contextlib.suppress(BrokenPipeError):
-                    os.write(1, json.dumps(told).encode() + b"\n")
-
-    def _more(self) -> bool:
-        chunk = os.read(0, 65536)
-        self._jobs += chunk
-        return bool(chunk)
-
-    def _run(self, job: Mapping[str, Any]) -> dict[str, Any] | None:
-        """One command from its start to its end. None where the worker has gone meanwhile."""
-        os.ftruncate(self._output, 0)
-        os.lseek(self._output, 0, os.SEEK_SET)
-        told: dict[str, Any] = {"status": None, "fault": "", "left": [], "tail": ""}
-        try:
-            child = subprocess.Popen(
-                job["argv"],
-                cwd=job["folder"],
-                env={**os.environ, **job["env"]},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-                preexec_fn=_fresh,  # noqa: PLW1509 - this process has one thread
-            )
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
-            return {**told, "fault": f"cannot be started: {getattr(error, 'strerror', None) or error}"}
-        streams = {
-            child.stdout.fileno(): _Stream("stdout" in job["keep"]),  # type: ignore[union-attr]  # it is a pipe
-            child.stderr.fileno(): _Stream("stderr" in job["keep"]),  # type: ignore[union-attr]  # it is a pipe
-        }
-        try:
-            here, fault = self._follow(child.pid, streams, endless=job["endless"])
-            left = _living() if here and not fault else []
-            if not here or fault or left:
-                self._end(child.pid)
-        finally:
-            child.returncode = self._status.pop(child.pid, -signal.SIGKILL)
-            for pipe in (child.stdout, child.stderr):
-                pipe.close()  # type: ignore[union-attr]  # it is a pipe
-        if not here:
-            return None
-        return {
-            "status": child.returncode,
-            "fault": fault,
-            "left": [name for _, name in left],
-            "tail": _tail(streams).decode(errors="replace"),
-        }
-
-    def _follow(self, pid: int, streams: dict[int, _Stream], *, endless: bool) -> tuple[bool, str]:
-        """Read what a command prints until it and all its children have ended.
-
-        Returns whether the worker is still there, and why the command has to be ended.
-        """
-        self._logged, kept = 0, 0
-        give_up = math.inf
-        with selectors.DefaultSelector() as selector:
-            for source in (0, self._woken, *streams):
-                selector.register(source, selectors.EVENT_READ)
-            while True:
-                # Once the command has ended, what it left may go at any moment, without a signal to this process.
-                for key, _ in selector.select(None if give_up == math.inf else POLL_SECONDS):
-                    source = key.fd
-                    if source == 0:
-                        if not self._more():
-                            return False, ""
-                    elif source == self._woken:
-                        with contextlib.suppress(BlockingIOError):
-                            os.read(source, 4096)
-                    elif chunk := os.read(source, 65536):
-                        kept += self._take(streams[source], chunk, kept)
-                        if kept > MOST_OUTPUT_BYTES and not endless:
-                            most = f"{MOST_OUTPUT_BYTES // 2**20} MiB"
-                            return True, f"printed more than {most}, the most that is read; let it print less"
-                    else:
-                        selector.unregister(source)
-                self._reap()
-                if pid in self._status:
-                    give_up = min(give_up, time.monotonic() + LINGER_SECONDS)
-                    open_streams = any(fd in streams for fd in selector.get_map())
-                    if (not open_streams and not _living()) or time.monotonic() > give_up:
-                        self._close_log(streams)
-                        return True, ""
-
-    def _take(self, stream: _Stream, chunk: bytes, kept: int) -> int:
-        """Keep it, up to the most that is kept, and log its beginning. Returns how much counts against the most."""
-        stream.seen += len(chunk)
-        stream.tail = (stream.tail + chunk)[-TAIL_BYTES:]
-        if stream.keep and kept < MOST_OUTPUT_BYTES:
-            os.write(self._output, chunk[: MOST_OUTPUT_BYTES - kept])
-        if self._logged < MOST_LOG_BYTES:
-            with contextlib.suppress(OSError):
-                os.write(2, chunk[: MOST_LOG_BYTES - self._logged])
-        self._logged += len(chunk)
-        return len(chunk)
-
-    def _close_log(self, streams: Mapping[int, _Stream]) -> None:
-        """The end of what was too long for the log: there stands why it failed."""
-        if self._logged > MOST_LOG_BYTES:
-            with contextlib.suppress(OSError):
-                os.write(2, b"\n[what came here was left out]\n" + _tail(streams))
-
-    def _reap(self) -> None:
-        """Take the exit status of every child that has ended, adopted ones too."""
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-                if pid == 0:
-                    return
-                self._status[pid] = os.waitstatus_to_exitcode(status)
-
-    def _end(self, pid: int) -> None:
-        """Ask everything below this process to end, then kill it. What a killed one leaves is found a turn later."""
-        for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
-            give_up = time.monotonic() + seconds
-            asked: set[int] = set()
-            while True:
-                self._reap()
-                living = [p for p, _ in _living()] or ([] if pid in self._status else [pid])
-                if not living or time.monotonic() > give_up:
-                    break
-                for one in living:
-                    if number == signal.SIGKILL or one not in asked:
-                        asked.add(one)
-                        with contextlib.suppress(ProcessLookupError, PermissionError):
-                            os.kill(one, number)
-                time.sleep(0.01)
-
-
-def _tail(streams: Mapping[int, _Stream]) -> bytes:
-    """The end of both streams, standard error last: there stands why it failed."""
-    return b"\n".join(stream.tail for stream in streams.values() if stream.tail)
-
-
-def _fresh() -> None:
-    """In the child, before it becomes the command: signals as usual, and death with the keeper."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _living() -> list[tuple[int, str]]:
-    """The processes below this one that have not ended, with their names (proc(5), `stat`)."""
-    parents: dict[int, list[tuple[int, str]]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            head, _, rest = path.read_text(errors="replace").rpartition(")")
-            pid, _, name = head.partition(" (")
-            state, parent = rest.split()[:2]
-            parents.setdefault(int(parent), []).append((int(pid), "" if state in "ZX" else f"{name} (process {pid})"))
-    found, below = [], [os.getpid()]
-    while below:
-        children = parents.get(below.pop(), [])
-        below += [pid for pid, _ in children]
-        found += [child for child in children if child[1]]
-    return found
-
-
-if __name__ == "__main__":
-    _Watch(int(sys.argv[1])).serve()

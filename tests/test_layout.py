@@ -15,7 +15,7 @@ LAYERS = [
     {"space", "intervals"},
     {"trial"},
     {"limits"},
-    {"supervise", "serving", "quality", "installed", "models"},
+    {"supervise", "keeper", "serving", "quality", "installed", "models", "expression"},
     {"journal", "machine", "summary", "runs"},
     {"convergence"},
     {
@@ -103,7 +103,8 @@ def test_a_runner_knows_of_tune_only_what_is_made_for_runners(path):
         "space",
         "trial",
         "serving",
-        "supervise",
+        "keeper",
+        "expression",
         "quality",
         "installed",
         "models",
