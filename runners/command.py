@@ -63,7 +63,7 @@ from tuner.space import (
     excerpt,
     show,
 )
-from tuner.trial import Service, Target, Unit, Work
+from tuner.trial import Service, Target, Unit, Work, refuse_unused
 
 PASS_SECONDS = 300.0
 READY_SECONDS = 120.0
@@ -1042,6 +1042,7 @@ def space(target: Target) -> SearchSpace:
     Raises:
         Refused: the file has faults.
     """
+    refuse_unused(target, "command")
     spec = spec_of(target)
     offered = tuple(p for p in spec.parameters if p.effect != "lossy" or target.allow_lossy)
     if not offered:

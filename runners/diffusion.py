@@ -47,7 +47,7 @@ from typing import Any
 
 from tuner.installed import library, memory_bytes
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, closest, excerpt, show
-from tuner.trial import Service, Target, Unit, Work
+from tuner.trial import Service, Target, Unit, Work, refuse_unused
 
 INSTALL = "pip install diffusers transformers torch scikit-image"
 
@@ -458,6 +458,7 @@ def space(target: Target) -> SearchSpace:
     Raises:
         Refused: the pipeline cannot be used, the load does not fit it, or a package is missing.
     """
+    refuse_unused(target, "diffusion")
     known = _pipeline(target)
     _check_load(target, known)
     machine = _machine()

@@ -48,7 +48,7 @@ from tuner.models import gguf
 from tuner.quality import TEXT, TOKENS, Passage, drawn, judge, of_text
 from tuner.serving import Endpoint, cut
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, powers_of_two
-from tuner.trial import Service, Target, Work, refuse_empty_load, refuse_long_load
+from tuner.trial import Service, Target, Work, refuse_empty_load, refuse_long_load, refuse_unused
 
 
 def describe(target: Target) -> str:
@@ -138,6 +138,7 @@ def space(target: Target) -> SearchSpace:
     Raises:
         Refused: the model cannot be used, the load does not fit it, or the engine is not installed.
     """
+    refuse_unused(target, "llama")
     refuse_empty_load(target)
     _version()
     model = gguf.read(target)

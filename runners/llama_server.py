@@ -47,7 +47,7 @@ from tuner.serving import (
 )
 from tuner.serving import wait_ready as wait_until_ready
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, powers_of_two
-from tuner.trial import Service, Target, refuse_empty_load, refuse_long_load
+from tuner.trial import Service, Target, refuse_empty_load, refuse_long_load, refuse_unused
 
 _llama: Any = beside(__file__, "llama")
 """Its generated model, its reading of GGUF headers and of llama.cpp's log: they are the same engine's."""
@@ -224,6 +224,7 @@ def notes(target: Target) -> list[str]:
 
 
 def _space(target: Target) -> tuple[SearchSpace, list[str]]:
+    refuse_unused(target, "llama-server")
     refuse_empty_load(target)
     build, model = _build(), gguf.read(target)
     refuse_long_load(target, model.context, f"{model.path.name} was trained on")

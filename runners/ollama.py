@@ -54,7 +54,7 @@ from tuner.serving import (
 )
 from tuner.serving import wait_ready as wait_until_ready
 from tuner.space import Choice, Config, Constraint, Int, Refused, SearchSpace, Value, closest, powers_of_two
-from tuner.trial import Service, Target, refuse_empty_load, refuse_long_load
+from tuner.trial import Service, Target, refuse_empty_load, refuse_long_load, refuse_unused
 
 _llama: Any = beside(__file__, "llama")
 """Its reading of llama.cpp's log, which is in Ollama's."""
@@ -93,16 +93,11 @@ class _Model:
 
 
 def _model(target: Target) -> _Model:
-    for option, given in (
-        ("--size", target.size is not None),
-        ("--dummy-weights", target.dummy_weights),
-        ("--engine-arg", bool(target.engine_args)),
-    ):
-        if given:
-            raise Refused(
-                f"{option}: Ollama serves its own models as they are and takes no arguments; leave it out (variables "
-                "such as OLLAMA_SCHED_SPREAD reach it from the environment)"
-            )
+    refuse_unused(
+        target,
+        "ollama",
+        {"engine_args": "variables such as OLLAMA_SCHED_SPREAD reach Ollama from the environment"},
+    )
     program = PROGRAM.path()
     return _asked(program, Path(program).stat().st_mtime_ns, target.model, os.environ.get("OLLAMA_MODELS"))
 

@@ -30,7 +30,7 @@ from typing import Any
 
 from tuner.serving import Client, Endpoint, Load, concurrency, cut, models
 from tuner.space import Choice, Config, Refused, SearchSpace, Value, closest
-from tuner.trial import Target, Work, refuse_empty_load
+from tuner.trial import Target, Work, refuse_empty_load, refuse_unused
 
 USUAL_CONCURRENCY = 8
 """Requests in flight in the default configuration."""
@@ -154,6 +154,7 @@ def space(target: Target) -> SearchSpace:
     Raises:
         Refused: no address, one that is not this machine's, nobody answers there, or there is nothing to tune.
     """
+    refuse_unused(target, "server")
     refuse_empty_load(target)
     endpoint = _endpoint(target)
     _model(endpoint, target)

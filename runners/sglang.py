@@ -63,7 +63,7 @@ from tuner.space import (
     powers_of_two,
     show,
 )
-from tuner.trial import Service, Target, refuse_empty_load, refuse_long_load
+from tuner.trial import Service, Target, refuse_empty_load, refuse_long_load, refuse_unused
 
 GIB = 2**30
 MODULE = ("-m", "sglang.launch_server")
@@ -213,6 +213,7 @@ def notes(target: Target) -> list[str]:
 
 
 def _space(target: Target) -> tuple[SearchSpace, list[str]]:
+    refuse_unused(target, "sglang")
     refuse_empty_load(target)
     build, model = _build(), hugging_face.read(target)
     gpus = _gpus(target)

@@ -344,8 +344,12 @@ def test_the_script_says_what_the_configuration_says(on_gpu, monkeypatch, change
         (None, {"size": "70b"}, "--size 70b: expected one of tiny, 15m, 160m, 1b, 8b"),
         (None, {"size": "tiny", "prompts": 0}, "--prompts 0: expected at least 1"),
         (None, {"size": "tiny", "output_tokens": 5000}, "at most 4096 tokens together"),
-        (None, {"size": "tiny", "request_rate": 2.0}, r"a request rate \(2.0\): .*leave it out"),
-        (None, {"size": "tiny", "engine_args": ("--x",)}, "further engine arguments"),
+        (None, {"size": "tiny", "request_rate": 2.0}, r"--request-rate 2: .*leave it out"),
+        (
+            None,
+            {"size": "tiny", "engine_args": ("--x",)},
+            "--engine-arg --x: the transformers workload has no use for it",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_one_sentence(hf, tmp_path, model, more, sentence):
