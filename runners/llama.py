@@ -332,6 +332,15 @@ def metrics(target: Target) -> tuple[str, ...]:
     return ("nll_nats_per_token",) if target.quality else ()
 
 
+def lacks(target: Target) -> dict[str, str]:
+    """Figures that it never reports, and why."""
+    why = (
+        "requests are function calls here, whose tokens arrive together; leave the limit out, or tune with --workload "
+        "llama-server, which streams them"
+    )
+    return {f"{kind}_{stat}_s": why for kind in ("ttft", "itl") for stat in ("mean", "p50", "p95", "p99")}
+
+
 # --- running it ------------------------------------------------------------------------------
 
 

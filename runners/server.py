@@ -151,8 +151,11 @@ def _listener(endpoint: Endpoint) -> _Listener | None:
 def space(target: Target) -> SearchSpace:
     """What a client decides: requests in flight and, where it is allowed, the length of the answers.
 
+    Nothing in an open loop without lossy parameters: then only the GPU's power limit and clock are left, which are no
+    runner's.
+
     Raises:
-        Refused: no address, one that is not this machine's, nobody answers there, or there is nothing to tune.
+        Refused: no address, one that is not this machine's, or nobody answers there.
     """
     refuse_unused(target, "server")
     refuse_empty_load(target)
@@ -175,11 +178,6 @@ def space(target: Target) -> SearchSpace:
                 scope="request",
                 effect="lossy",
             )
-        )
-    if not parameters:
-        raise Refused(
-            f"--request-rate {target.request_rate:g}: nothing is left to tune on a server that runs already, because "
-            "the rate decides how many requests are in flight; leave it out, or let tune start the engine itself"
         )
     return SearchSpace(tuple(parameters))
 

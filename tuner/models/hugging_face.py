@@ -361,13 +361,15 @@ def weight_bytes(model: Model, config: Mapping[str, Value]) -> float:
     # The number was counted from the files' bytes, as if each weight had the model's own width.
     if model.quantised is not None:
         return model.weights * BYTES_OF.get(model.dtype, 2)
-    return model.weights * (1 if config.get("quantization") == "fp8" else _width(model, config))
+    method = config.get("quantization", "none")
+    # Other methods than the one that is tuned can be named by --engine-arg; none leaves less than four bits.
+    return model.weights * (_width(model, config) if method == "none" else 1 if method == "fp8" else 0.5)
 
 
 def cache_bytes(model: Model, config: Mapping[str, Value], tokens: int) -> float:
     """Of keys and values of so many tokens under `config`."""
-    eight = str(config.get("kv_cache_dtype", "auto")).startswith("fp8")
-    return model.cache_values_per_token * (1 if eight else _width(model, config)) * tokens
+    whole = config.get("kv_cache_dtype", "auto") in ("auto", "bf16", *BYTES_OF)
+    return model.cache_values_per_token * (_width(model, config) if whole else 1) * tokens
 
 
 def _width(model: Model, config: Mapping[str, Value]) -> int:
@@ -398,12 +400,12 @@ def divides(model: Model, gpus: int) -> bool:
     return model.heads % gpus == 0 and (model.latent or shared)
 
 
-def heads_rule(model: Model, name: str, given: int | None = None) -> Constraint:
-    """That the GPUs of parameter `name`, else `given`, can share the model's heads."""
+def heads_rule(model: Model, name: str, given: int) -> Constraint:
+    """That the GPUs of parameter `name`, where it is not tuned `given`, can share the model's heads."""
     kv = f" and {model.kv_heads} key-value heads" if model.kv_heads != model.heads and not model.latent else ""
     return Constraint(
         f"{name} divides the {model.heads} attention heads{kv} of {model.name} into equal whole parts",
-        lambda c: divides(model, int(c.get(name, given or 1))),
+        lambda c: divides(model, int(c.get(name, given))),
     )
 
 
