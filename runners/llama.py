@@ -43,7 +43,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuner.installed import library
+from tuner.installed import library, memory_bytes
 from tuner.models import gguf
 from tuner.quality import TEXT, TOKENS, Passage, drawn, judge, of_text
 from tuner.serving import Endpoint, cut
@@ -272,7 +272,7 @@ def space(target: Target) -> SearchSpace:
             values=(False, True),
         )
     )
-    return SearchSpace(tuple(parameters), _constraints([p.name for p in parameters]))
+    return SearchSpace(tuple(parameters), _constraints([p.name for p in parameters], target, model))
 
 
 CACHE_TYPES = ("f16", "q8_0", "q4_0")
@@ -281,7 +281,7 @@ CACHE_BLOCK = 32
 """Quantised cache types hold 32 values a block: a head of another width cannot use them."""
 
 
-def _constraints(names: list[str]) -> tuple[Constraint, ...]:
+def _constraints(names: list[str], target: Target, model: gguf.Model) -> tuple[Constraint, ...]:
     """That the context holds every slot's tokens is no constraint: `_context` sees to it."""
     rules = [
         # The engine clamps silently: the configuration would be another one than it says.
@@ -299,6 +299,14 @@ def _constraints(names: list[str]) -> tuple[Constraint, ...]:
                 lambda c: c["cache_type_v"] == "f16" or c["flash_attention"] == "on",
             )
         )
+    rules.append(
+        gguf.memory_rule(
+            model,
+            memory_bytes(),
+            lambda c: context(c, target),
+            lambda c: int(c.get("gpu_layers", 0)) / (model.layers + 1),
+        )
+    )
     return tuple(rules)
 
 
@@ -363,7 +371,9 @@ def launch(config: Config, target: Target) -> Iterator[LlamaServer]:
     try:
         server = xllamacpp.Server(parameters)
     except RuntimeError as error:
-        raise RuntimeError(f"llama.cpp cannot load this configuration: {log.first_error() or error}") from error
+        cause = log.first_error() or str(error)
+        step = gguf.next_step(cause, "pip install --upgrade xllamacpp")
+        raise RuntimeError(f"llama.cpp cannot load this configuration: {cause}{step}") from error
     engine = LlamaServer(server, target, requests, model, parameters.api_keys[0])
     del server
     try:

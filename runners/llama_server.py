@@ -165,13 +165,7 @@ def parse_help(text: str) -> dict[str, str]:
 
 def _needed_bytes(model: Any, config: Mapping[str, Value], target: Target) -> float:
     """Weights and cache."""
-    values = model.cache_values_per_token / 2
-    types = (str(config.get(f"cache_type_{side}", "f16")) for side in ("k", "v"))
-    context = _context(config, target)
-    return float(model.bytes + context * sum(values * BYTES_OF[kind] for kind in types))
-
-
-BYTES_OF: Mapping[str, float] = {"f16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32}
+    return gguf.needed_bytes(model, config, _context(config, target))
 
 
 def _context(config: Mapping[str, Value], target: Target) -> int:
@@ -408,24 +402,17 @@ def _constraints(names: set[str], target: Target, build: _Build, model: Any) -> 
                 lambda c: c["cache_type_v"] == "f16" or c["flash_attention"] == "on",
             )
         )
-    memory, size = memory_bytes(), model.bytes / GIB
 
     def offloaded(config: Mapping[str, Value]) -> float:
         return int(config.get("n_gpu_layers", 0)) / int(model.layers + 1)
 
-    rules.append(
-        Constraint(
-            f"weights ({size:.2g} GiB) and cache fit into the {memory / GIB:.0f} GiB of main memory, as far as they "
-            "are not on a GPU",
-            lambda c: (1 - offloaded(c)) * _needed_bytes(model, c, target) <= memory,
-        )
-    )
+    rules.append(gguf.memory_rule(model, memory_bytes(), lambda c: _context(c, target), offloaded))
     if build.devices and "n_gpu_layers" in names:
         total = sum(d.bytes for d in build.devices)
         rules.append(
             Constraint(
-                f"the share of weights ({size:.2g} GiB) and cache on the GPU fits into {GPU_SHARE:.0%} of its "
-                f"{total / GIB:.0f} GiB: fewer n_gpu_layers or less parallel",
+                f"the share of weights ({model.bytes / GIB:.2g} GiB) and cache on the GPU fits into {GPU_SHARE:.0%} "
+                f"of its {total / GIB:.0f} GiB: fewer n_gpu_layers or less parallel",
                 lambda c: offloaded(c) * _needed_bytes(model, c, target) <= total * GPU_SHARE,
             )
         )
@@ -525,7 +512,10 @@ def launch(config: Config, target: Target) -> Iterator[JudgedLlama]:
     ]
     server = start_server(argv, name="llama-server", env=ENVIRONMENT, symptoms=SYMPTOMS)
     try:
-        wait_until_ready(url, server, timeout_seconds=START_SECONDS)
+        try:
+            wait_until_ready(url, server, timeout_seconds=START_SECONDS)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}{gguf.next_step(str(error), 'install a newer llama.cpp')}") from error
         endpoint = Endpoint.parse(url)
         load = Load.of(
             target,

@@ -184,8 +184,6 @@ USUAL: Mapping[str, Value] = {
 }
 """Ollama's own (docs/faq.mdx and api/types.go)."""
 
-BYTES_OF: Mapping[str, float] = {"f16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32}
-
 MOST_SLOTS = 64
 
 MEMORY_SHARE = 0.9
@@ -262,7 +260,7 @@ def space(target: Target) -> SearchSpace:
                 "read at long context, but cost time to convert, and can cost quality",
                 default="f16",
                 effect="lossy",
-                values=tuple(BYTES_OF),
+                values=tuple(gguf.CACHE_BYTES),
                 ordered=True,
             )
         )
@@ -313,7 +311,9 @@ def lacks(target: Target) -> dict[str, str]:
 def _needed_bytes(model: _Model, config: Mapping[str, Value], target: Target) -> float:
     """Weights, and a context for each slot."""
     tokens = int(config.get("num_parallel", 1)) * _context(target)
-    return model.bytes + tokens * model.cache_values_per_token * BYTES_OF[str(config.get("kv_cache_type", "f16"))]
+    return (
+        model.bytes + tokens * model.cache_values_per_token * gguf.CACHE_BYTES[str(config.get("kv_cache_type", "f16"))]
+    )
 
 
 def _context(target: Target) -> int:
@@ -438,7 +438,8 @@ def _load_model(client: _Client, server: Server) -> None:
             raise RuntimeError(f"Ollama ended while loading the model ({end}): {server.cause()}") from error
         if lack := first_line(str(error), SYMPTOMS.out_of_memory) or server.lack_of_memory():
             raise RuntimeError(f"out of memory: {lack}") from error
-        raise RuntimeError(f"Ollama cannot load {load.model}: {error}") from error
+        step = gguf.next_step(str(error), "install a newer Ollama")
+        raise RuntimeError(f"Ollama cannot load {load.model}: {error}{step}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
