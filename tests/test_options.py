@@ -1,9 +1,12 @@
 """The options that say what is run: each shipped runner heeds one, or says at once that it has no use for it."""
 
+import json
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from commands import settle_in
+from commands import typed as tune
 
 from tuner.files import load_runner
 from tuner.space import Refused
@@ -91,3 +94,19 @@ def test_all_useless_options_are_told_at_once():
 
 def test_an_option_at_its_default_counts_as_left_out():
     refuse_unused(Target(pixels=256, prompt_tokens=96, engine_args=()), "llama")
+
+
+def test_a_model_whose_default_does_not_fit_ends_in_one_sentence(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    settle_in(tmp_path, monkeypatch)
+    shape = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 16384}
+    shape |= {"num_hidden_layers": 1000, "num_attention_heads": 128, "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    words = ["--model", tmp_path, "--dummy-weights", "--trials", 3, "--batch", "--proposer", "rules"]
+    done = tune("run", "--workload", "transformers", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    told = done.stderr.strip()
+    assert "weights and cache fit into" in told
+    assert "take a smaller model or load" in told
+    assert "\n" not in told
+    assert not Path("results").exists()
