@@ -55,6 +55,12 @@ def test_fused_attention_stores_no_scores_so_memory_grows_with_the_area():
     assert shapes.denoising(1024, 2) == 4 * shapes.denoising(512, 2)
 
 
+def test_a_compiled_denoiser_is_certain_of_its_widest_layer_alone():
+    # The gated feed-forward's projection and product.
+    assert Unet.of(SD1_UNET).numbers(64, compiled=True) == 12 * 320 * 64**2
+    assert Transformer(512).numbers(64, compiled=True) == 4 * 512 * 32**2
+
+
 def test_images_evaluated_together_add_up():
     shapes = Shapes(unet=Unet.of(SD1_UNET), vae=Vae.of(SD1_VAE))
     assert shapes.denoising(512, 6) == 3 * shapes.denoising(512, 2)

@@ -20,20 +20,22 @@ NORMALISED = 3
 """A residual block holds its input, the normalised one and the activated one (`ResnetBlock2D.forward`)."""
 
 COMPILED = 2
-"""The same where a compiler fuses normalisation and activation into one pass."""
+"""The same where a compiler fuses normalisation and activation into one pass. A compiled graph also frees what its
+callers would hold, so that nothing else is certain."""
 
 GATED = 19
 """Widths alive in the gated feed-forward of a U-Net's transformer (`BasicTransformerBlock`, `GEGLU`): two residuals,
 the normalised input, both halves of the projection (8), the gate (4) and its product (4)."""
 
-GATED_COMPILED = 13
-"""Residual, projection (8) and product (4)."""
+GATED_COMPILED = 12
+"""Projection (8) and product (4)."""
 
 PLAIN = 10
 """Widths alive in the feed-forward of a diffusion transformer (`FeedForward`, `GELU`): residual, normalised input,
 projection (4) and its activation (4)."""
 
-PLAIN_COMPILED = 5
+PLAIN_COMPILED = 4
+"""The activation takes the place of the projection."""
 
 MATRICES = 2
 """Scores and their softmax (`Attention.get_attention_scores`)."""
@@ -82,7 +84,7 @@ class Unet:
             alive = (COMPILED if compiled else NORMALISED) * (width + below) * area
             if self.heads[level]:
                 alive = max(alive, (GATED_COMPILED if compiled else GATED) * width * area)
-            worst = max(worst, skips + below * area + alive)
+            worst = max(worst, alive + (0.0 if compiled else skips + below * area))
         return worst
 
     def matrix(self, cells: int) -> float:
