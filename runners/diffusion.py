@@ -540,8 +540,8 @@ def space(target: Target) -> SearchSpace:
             ),
             _switch(
                 "attention_slicing",
-                "compute attention a few heads at a time and store their scores, where the fused kernel stores none: more"
-                " memory at large sizes, and usually more time",
+                "compute attention a few heads at a time and store their scores, where the fused kernel stores none:"
+                " more memory at large sizes, and usually more time",
             ),
         ]
     if target.prompts > 1:

@@ -1,8 +1,8 @@
 """The memory that a text-to-image pipeline works in, from the shapes in its configuration files.
 
 A lower bound: tensors that are certainly alive at the same moment in the source of diffusers 0.42, and nothing of what
-kernels and allocators add. On a CPU (torch 2.13, float32) the peak was 1.0 to 2.1 times what is counted here, and 3.6
-times with tiles (docs/engines/diffusion.md).
+kernels and allocators add. On a CPU (torch 2.13) the peak was 1.0 to 2.2 times what is counted here, and 3.6 times
+with tiles (docs/engines/diffusion.md).
 
 Glossary
     side        of a square, in pixels of the image or in cells of the latents, eight times fewer
