@@ -205,6 +205,15 @@ def test_a_model_that_does_not_fit_the_memory_is_refused_before_a_launch(hf, mon
         space.check(space.default())
 
 
+@pytest.mark.parametrize("beside", [0, 1000])
+def test_weights_that_are_drawn_are_counted_from_the_shape_whatever_lies_beside_it(hf, tmp_path, beside):
+    settings = dict(hf._model(Target(size="8b")).settings)
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "torch_dtype": "bfloat16"}))
+    (tmp_path / "model.safetensors").write_bytes(b"x" * beside)
+    model = hf._model(Target(model=str(tmp_path), dummy_weights=True))
+    assert model.weight_bytes == pytest.approx(2 * hf.SIZES["8b"].parameters, rel=1e-3)
+
+
 def test_a_cache_that_does_not_fit_the_memory_is_refused_and_a_smaller_batch_is_not(hf, monkeypatch):
     monkeypatch.setattr(hf, "_machine", lambda: hf._Machine("cpu", "the CPU", 6 * 10**9, 2, True))
     space = hf.space(Target(size="1b", prompts=64, prompt_tokens=4096))
