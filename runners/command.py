@@ -61,7 +61,7 @@ from tuner.space import (
     excerpt,
     show,
 )
-from tuner.trial import EngineError, Service, Target, Unit, Work
+from tuner.trial import EngineError, Service, Target, Unit, Work, refuse_unused
 
 PASS_SECONDS = 300.0
 READY_SECONDS = 120.0
@@ -777,6 +777,7 @@ def space(target: Target) -> SearchSpace:
     Raises:
         Refused: the file has faults.
     """
+    refuse_unused(target, "command")
     spec = spec_of(target)
     offered = tuple(p for p in spec.parameters if p.effect != "lossy" or target.allow_lossy)
     if not offered:

@@ -46,8 +46,9 @@ from pathlib import Path
 from typing import Any
 
 from tuner.installed import library, memory_bytes
+from tuner.models.images import Shapes, Transformer, Unet, Vae
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, closest, excerpt, show
-from tuner.trial import Service, Target, Unit, Work
+from tuner.trial import Service, Target, Unit, Work, refuse_unused
 
 INSTALL = "pip install diffusers transformers torch scikit-image"
 
@@ -162,6 +163,8 @@ class Pipeline:
     stored: str
     """The type in which the denoiser's weights are kept."""
     variant: str | None = None
+    shapes: Shapes = field(default_factory=Shapes)
+    """Of the networks that memory is worked in."""
 
 
 def _pipeline(target: Target) -> Pipeline:
@@ -186,6 +189,14 @@ def _pipeline(target: Target) -> Pipeline:
             tile_pixels=None,
             weights=shape.weights,
             stored="float32",
+            shapes=Shapes(
+                unet=Unet(
+                    channels=shape.unet,
+                    layers=(1,) * len(shape.unet),
+                    heads=(*(shape.unet_heads,) * (len(shape.unet) - 1), 0),
+                ),
+                vae=Vae(shape.vae),
+            ),
         )
     if target.size is not None:
         raise Refused(f"--size {target.size} makes a model and --model {target.model} names one: leave one of them out")
@@ -274,6 +285,9 @@ def _read(folder: Path, name: str, options: Mapping[str, str]) -> Pipeline:
     own = str(kinds["scheduler"][1])
     vae = _json(folder / "vae" / "config.json", name)
     side = vae.get("sample_size")
+    shape = folder / family.denoiser / "config.json"
+    denoiser = _json(shape, name) if shape.exists() else {}
+    unet = family.denoiser == "unet"
     return Pipeline(
         cls=cls,
         folder=folder,
@@ -286,6 +300,11 @@ def _read(folder: Path, name: str, options: Mapping[str, str]) -> Pipeline:
         weights=sum(count for count, _ in known) if len(known) == len(tensors) else None,
         stored=of_denoiser[0][1] if of_denoiser else "float32",
         variant=variant,
+        shapes=Shapes(
+            unet=Unet.of(denoiser) if unet else None,
+            transformer=None if unet else Transformer.of(denoiser),
+            vae=Vae.of(vae),
+        ),
     )
 
 
@@ -339,6 +358,8 @@ def describe(target: Target) -> str:
 
 
 def _gb(size: float) -> str:
+    if size >= 1e12:
+        return f"{size / 1e12:.1f} TB"
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{math.ceil(size / 1e6)} MB"
 
 
@@ -458,6 +479,7 @@ def space(target: Target) -> SearchSpace:
     Raises:
         Refused: the pipeline cannot be used, the load does not fit it, or a package is missing.
     """
+    refuse_unused(target, "diffusion")
     known = _pipeline(target)
     _check_load(target, known)
     machine = _machine()
@@ -518,7 +540,8 @@ def space(target: Target) -> SearchSpace:
             ),
             _switch(
                 "attention_slicing",
-                "compute attention a few heads at a time instead of with the fused kernel: less memory for more time",
+                "compute attention a few heads at a time and store their scores, where the fused kernel stores none:"
+                " more memory at large sizes, and usually more time",
             ),
         ]
     if target.prompts > 1:
@@ -631,20 +654,47 @@ def _constraints(known: Pipeline, target: Target, gpu: _Gpu | None) -> tuple[Con
                 )
             )
     memory = {"cpu": memory_bytes(), **({"cuda": gpu.bytes} if gpu else {})}
-    count = known.weights
-    if count is None:
-        return tuple(rules)
-    weights: int = count
+    weights = known.weights or 0
 
     def fits(config: Mapping[str, Value]) -> bool:
-        has = memory["cuda" if on_gpu(config) else "cpu"]
-        return has is None or weights * BYTES[str(config.get("dtype", usual))] <= has
+        width = BYTES[str(config.get("dtype", usual))]
+        need = weights * width + _working_bytes(known, target, config, width)
+        return need <= memory["cuda" if on_gpu(config) else "cpu"]
+
+    def worked(**changes: Value) -> str:
+        return _gb(_working_bytes(known, target, changes, BYTES[usual]))
 
     sizes = {d: _gb(weights * BYTES[d]) for d in (_dtypes(gpu) if target.allow_lossy else (usual,))}
-    have = ", ".join(f"{device} has {_gb(size)}" for device, size in memory.items() if size is not None)
-    need = ", ".join(f"{size} in {dtype}" for dtype, size in sizes.items())
-    rules.append(Constraint(f"the weights ({need}) fit into memory ({have})", fits))
+    have = ", ".join(f"{device} has {_gb(size)}" for device, size in memory.items())
+    need = ", ".join(f"{size} in {dtype}" for dtype, size in sizes.items()) if known.weights else "of unknown size"
+    slicing = f", {worked(attention_slicing=True)} with attention_slicing" if known.shapes.unet else ""
+    tiling = f", {worked(vae_tiling=True)} with vae_tiling" if known.tile_pixels is not None else ""
+    rules.append(
+        Constraint(
+            f"weights ({need}) and activations (for batch_size 1 at {target.pixels} pixels at least {worked()} in "
+            f"{usual}{slicing}{tiling}; more images need more) fit into memory ({have})",
+            fits,
+        )
+    )
     return tuple(rules)
+
+
+def _working_bytes(known: Pipeline, target: Target, config: Mapping[str, Value], width: int) -> float:
+    """The least that activations of `config` take: a step's of the denoiser or the decoder's, whichever is more."""
+    together = int(config.get("batch_size", 1))
+    guided = known.family.guided and known.guidance > 1 and config.get("guidance", True)
+    denoising = known.shapes.denoising(
+        target.pixels,
+        together * (2 if guided else 1),
+        sliced=bool(config.get("attention_slicing")),
+        compiled=bool(config.get("compile")),
+    )
+    decoding = known.shapes.decoding(
+        target.pixels,
+        1 if config.get("vae_slicing") else together,
+        tile=known.tile_pixels if config.get("vae_tiling") else None,
+    )
+    return max(denoising, decoding) * width
 
 
 def _check_load(target: Target, known: Pipeline) -> None:

@@ -42,12 +42,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuner.installed import Program, library
+from tuner.installed import Program, library, memory_bytes
 from tuner.models import gguf
 from tuner.quality import TEXT, TOKENS, Passage, drawn, judge, of_text
 from tuner.serving import Endpoint, cut
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, powers_of_two
-from tuner.trial import Service, Target, Work, refuse_empty_load, refuse_long_load
+from tuner.trial import Service, Target, Work, refuse_empty_load, refuse_long_load, refuse_unused
 
 ENVIRONMENT: Mapping[str, str] = {
     # On a failed assertion ggml would start a debugger on itself.
@@ -155,6 +155,7 @@ def space(target: Target) -> SearchSpace:
     Raises:
         Refused: the model cannot be used, the load does not fit it, or the engine is not installed.
     """
+    refuse_unused(target, "llama")
     refuse_empty_load(target)
     _version()
     model = gguf.read(target)
@@ -288,7 +289,7 @@ def space(target: Target) -> SearchSpace:
             values=(False, True),
         )
     )
-    return SearchSpace(tuple(parameters), _constraints([p.name for p in parameters]))
+    return SearchSpace(tuple(parameters), _constraints([p.name for p in parameters], target, model))
 
 
 CACHE_TYPES = ("f16", "q8_0", "q4_0")
@@ -297,7 +298,7 @@ CACHE_BLOCK = 32
 """Quantised cache types hold 32 values a block: a head of another width cannot use them."""
 
 
-def _constraints(names: list[str]) -> tuple[Constraint, ...]:
+def _constraints(names: list[str], target: Target, model: gguf.Model) -> tuple[Constraint, ...]:
     """That the context holds every slot's tokens is no constraint: `_context` sees to it."""
     rules = [
         # The engine clamps silently: the configuration would be another one than it says.
@@ -315,6 +316,14 @@ def _constraints(names: list[str]) -> tuple[Constraint, ...]:
                 lambda c: c["cache_type_v"] == "f16" or c["flash_attention"] == "on",
             )
         )
+    rules.append(
+        gguf.memory_rule(
+            model,
+            memory_bytes(),
+            lambda c: context(c, target),
+            lambda c: int(c.get("gpu_layers", 0)) / (model.layers + 1),
+        )
+    )
     return tuple(rules)
 
 
@@ -348,6 +357,15 @@ def metrics(target: Target) -> tuple[str, ...]:
     return ("nll_nats_per_token",) if target.quality else ()
 
 
+def lacks(target: Target) -> dict[str, str]:
+    """Figures that it never reports, and why."""
+    why = (
+        "requests are function calls here, whose tokens arrive together; leave the limit out, or tune with --workload "
+        "llama-server, which streams them"
+    )
+    return {f"{kind}_{stat}_s": why for kind in ("ttft", "itl") for stat in ("mean", "p50", "p95", "p99")}
+
+
 # --- running it ------------------------------------------------------------------------------
 
 
@@ -370,7 +388,9 @@ def launch(config: Config, target: Target) -> Iterator[LlamaServer]:
     try:
         server = xllamacpp.Server(parameters)
     except RuntimeError as error:
-        raise RuntimeError(f"llama.cpp cannot load this configuration: {log.first_error() or error}") from error
+        cause = log.first_error() or str(error)
+        step = gguf.next_step(cause, "pip install --upgrade xllamacpp")
+        raise RuntimeError(f"llama.cpp cannot load this configuration: {cause}{step}") from error
     engine = LlamaServer(server, target, requests, model, parameters.api_keys[0])
     del server
     try:

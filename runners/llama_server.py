@@ -46,7 +46,7 @@ from tuner.serving import (
     started,
 )
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, powers_of_two
-from tuner.trial import Service, Target, refuse_empty_load, refuse_long_load
+from tuner.trial import EngineError, Service, Target, refuse_empty_load, refuse_long_load, refuse_unused
 
 _llama: Any = beside(__file__, "llama")
 """Its generated model, its reading of GGUF headers and of llama.cpp's log: they are the same engine's."""
@@ -146,13 +146,7 @@ def parse_help(text: str) -> dict[str, str]:
 
 def _needed_bytes(model: Any, config: Mapping[str, Value], target: Target) -> float:
     """Weights and cache."""
-    values = model.cache_values_per_token / 2
-    types = (str(config.get(f"cache_type_{side}", "f16")) for side in ("k", "v"))
-    context = _context(config, target)
-    return float(model.bytes + context * sum(values * BYTES_OF[kind] for kind in types))
-
-
-BYTES_OF: Mapping[str, float] = {"f16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32}
+    return gguf.needed_bytes(model, config, _context(config, target))
 
 
 def _context(config: Mapping[str, Value], target: Target) -> int:
@@ -220,6 +214,7 @@ def notes(target: Target) -> list[str]:
 
 
 def _space(target: Target) -> tuple[SearchSpace, list[str]]:
+    refuse_unused(target, "llama-server")
     refuse_empty_load(target)
     build, model = _build(), gguf.read(target)
     refuse_long_load(target, model.context, f"{model.path.name} was trained on")
@@ -409,24 +404,17 @@ def _constraints(names: set[str], target: Target, build: _Build, model: Any) -> 
                 lambda c: c["cache_type_v"] == "f16" or c["flash_attention"] == "on",
             )
         )
-    memory, size = memory_bytes(), model.bytes / GIB
 
     def offloaded(config: Mapping[str, Value]) -> float:
         return int(config.get("n_gpu_layers", 0)) / int(model.layers + 1)
 
-    rules.append(
-        Constraint(
-            f"weights ({size:.2g} GiB) and cache fit into the {memory / GIB:.0f} GiB of main memory, as far as they "
-            "are not on a GPU",
-            lambda c: (1 - offloaded(c)) * _needed_bytes(model, c, target) <= memory,
-        )
-    )
+    rules.append(gguf.memory_rule(model, memory_bytes(), lambda c: _context(c, target), offloaded))
     if build.devices and "n_gpu_layers" in names:
         total = sum(d.bytes for d in build.devices)
         rules.append(
             Constraint(
-                f"the share of weights ({size:.2g} GiB) and cache on the GPU fits into {GPU_SHARE:.0%} of its "
-                f"{total / GIB:.0f} GiB: fewer n_gpu_layers or less parallel",
+                f"the share of weights ({model.bytes / GIB:.2g} GiB) and cache on the GPU fits into {GPU_SHARE:.0%} "
+                f"of its {total / GIB:.0f} GiB: fewer n_gpu_layers or less parallel",
                 lambda c: offloaded(c) * _needed_bytes(model, c, target) <= total * GPU_SHARE,
             )
         )
@@ -526,7 +514,10 @@ def launch(config: Config, target: Target) -> Iterator[JudgedLlama]:
         ]
         return start_server(argv, name="llama-server", env=ENVIRONMENT, symptoms=SYMPTOMS, given=target.engine_args)
 
-    server, endpoint = started(start, timeout_seconds=START_SECONDS)
+    try:
+        server, endpoint = started(start, timeout_seconds=START_SECONDS)
+    except RuntimeError as error:
+        raise EngineError(f"{error}{gguf.next_step(str(error), 'install a newer llama.cpp')}") from error
     try:
         load = Load.of(
             target,

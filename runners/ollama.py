@@ -54,7 +54,7 @@ from tuner.serving import (
     streamed,
 )
 from tuner.space import Choice, Config, Constraint, Int, Refused, SearchSpace, Value, closest, powers_of_two
-from tuner.trial import Service, Target, refuse_empty_load, refuse_long_load
+from tuner.trial import Service, Target, refuse_empty_load, refuse_long_load, refuse_unused
 
 _llama: Any = beside(__file__, "llama")
 """Its reading of llama.cpp's log, which is in Ollama's."""
@@ -93,16 +93,11 @@ class _Model:
 
 
 def _model(target: Target) -> _Model:
-    for option, given in (
-        ("--size", target.size is not None),
-        ("--dummy-weights", target.dummy_weights),
-        ("--engine-arg", bool(target.engine_args)),
-    ):
-        if given:
-            raise Refused(
-                f"{option}: Ollama serves its own models as they are and takes no arguments; leave it out (variables "
-                "such as OLLAMA_SCHED_SPREAD reach it from the environment)"
-            )
+    refuse_unused(
+        target,
+        "ollama",
+        {"engine_args": "variables such as OLLAMA_SCHED_SPREAD reach Ollama from the environment"},
+    )
     program = PROGRAM.path()
     return _asked(program, Path(program).stat().st_mtime_ns, target.model, os.environ.get("OLLAMA_MODELS"))
 
@@ -191,8 +186,6 @@ USUAL: Mapping[str, Value] = {
 }
 """Ollama's own (docs/faq.mdx and api/types.go)."""
 
-BYTES_OF: Mapping[str, float] = {"f16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32}
-
 MOST_SLOTS = 64
 
 MEMORY_SHARE = 0.9
@@ -269,7 +262,7 @@ def space(target: Target) -> SearchSpace:
                 "read at long context, but cost time to convert, and can cost quality",
                 default="f16",
                 effect="lossy",
-                values=tuple(BYTES_OF),
+                values=tuple(gguf.CACHE_BYTES),
                 ordered=True,
             )
         )
@@ -320,7 +313,9 @@ def lacks(target: Target) -> dict[str, str]:
 def _needed_bytes(model: _Model, config: Mapping[str, Value], target: Target) -> float:
     """Weights, and a context for each slot."""
     tokens = int(config.get("num_parallel", 1)) * _context(target)
-    return model.bytes + tokens * model.cache_values_per_token * BYTES_OF[str(config.get("kv_cache_type", "f16"))]
+    return (
+        model.bytes + tokens * model.cache_values_per_token * gguf.CACHE_BYTES[str(config.get("kv_cache_type", "f16"))]
+    )
 
 
 def _context(target: Target) -> int:
@@ -442,7 +437,8 @@ def _load_model(client: _Client, server: Server) -> None:
             raise server.ended("while loading the model") from error
         if lack := first_line(str(error), SYMPTOMS.out_of_memory) or server.lack_of_memory():
             raise RuntimeError(f"out of memory: {lack}") from error
-        raise RuntimeError(f"Ollama cannot load {load.model}: {error}") from error
+        step = gguf.next_step(str(error), "install a newer Ollama")
+        raise RuntimeError(f"Ollama cannot load {load.model}: {error}{step}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from typing import Any
 
 from tuner.serving import Client, Endpoint, Final, Load, RequestFailed, RequestRefused, concurrency, cut, models
 from tuner.space import Choice, Config, Refused, SearchSpace, Value, closest
-from tuner.trial import Service, Target, Work, refuse_empty_load
+from tuner.trial import Service, Target, Work, refuse_empty_load, refuse_unused
 
 USUAL_CONCURRENCY = 8
 """Requests in flight in the default configuration."""
@@ -153,9 +153,13 @@ def _listener(endpoint: Endpoint) -> _Listener | None:
 def space(target: Target) -> SearchSpace:
     """What a client decides: requests in flight and, where it is allowed, the length of the answers.
 
+    Nothing in an open loop without lossy parameters: then only the GPU's power limit and clock are left, which are no
+    runner's.
+
     Raises:
-        Refused: no address, one that is not this machine's, nobody answers there, or there is nothing to tune.
+        Refused: no address, one that is not this machine's, or nobody answers there.
     """
+    refuse_unused(target, "server")
     refuse_empty_load(target)
     endpoint = _endpoint(target)
     _model(endpoint, target)
@@ -176,11 +180,6 @@ def space(target: Target) -> SearchSpace:
                 scope="request",
                 effect="lossy",
             )
-        )
-    if not parameters:
-        raise Refused(
-            f"--request-rate {target.request_rate:g}: nothing is left to tune on a server that runs already, because "
-            "the rate decides how many requests are in flight; leave it out, or let tune start the engine itself"
         )
     return SearchSpace(tuple(parameters))
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 import json
 import math
 import re
@@ -33,7 +32,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuner.installed import Flag, Program, given_flags, gpus_here, names_of, packaged, parse_help, refuse_reserved
+from tuner.installed import (
+    Flag,
+    Program,
+    given_flags,
+    given_value,
+    given_values,
+    gpus_here,
+    memory_bytes,
+    names_of,
+    packaged,
+    parse_help,
+    refuse_reserved,
+)
 from tuner.models import hugging_face
 from tuner.quality import Passage
 from tuner.serving import (
@@ -62,7 +73,7 @@ from tuner.space import (
     powers_of_two,
     show,
 )
-from tuner.trial import Service, Target, refuse_empty_load, refuse_long_load
+from tuner.trial import Service, Target, refuse_empty_load, refuse_long_load, refuse_unused
 
 GIB = 2**30
 MODULE = ("-m", "sglang.launch_server")
@@ -128,8 +139,7 @@ def _asked(program: tuple[str, ...], _changed_ns: int) -> _Build:
 
 def _gpus(target: Target) -> tuple[Any, ...]:
     """The GPUs to run on; none where the user asks for the CPU."""
-    words = " ".join(target.engine_args).replace("=", " ").split()
-    if ("--device", "cpu") in itertools.pairwise(words):
+    if given_value(target.engine_args, "--device") == "cpu":
         return ()
     if gpus := gpus_here():
         return tuple(gpus)
@@ -223,6 +233,7 @@ def notes(target: Target) -> list[str]:
 
 
 def _space(target: Target) -> tuple[SearchSpace, list[str]]:
+    refuse_unused(target, "sglang")
     refuse_empty_load(target)
     build, model = _build(), hugging_face.read(target)
     gpus = _gpus(target)
@@ -351,8 +362,8 @@ def _gpu_parameters(build: _Build, model: Any, gpus: Sequence[Any]) -> list[Para
             values=(AUTO, 1, 16, 32, 64),
         ),
     ]
-    widths = tuple(n for n in powers_of_two(1, len(gpus)) if model.heads % n == 0)
-    if len(widths) > 1:
+    widths = powers_of_two(1, len(gpus))
+    if any(hugging_face.divides(model, n) for n in widths[1:]):
         parameters.append(
             Choice(
                 name="tp_size",
@@ -406,6 +417,18 @@ def _usual_chunk(gpus: Sequence[Any]) -> int:
     return 16384 if gpus else 4096
 
 
+SIZE_FLAGS: Mapping[str, tuple[str, ...]] = {
+    "tp_size": ("--tp-size", "--tensor-parallel-size", "--tp"),
+    "mem_fraction_static": ("--mem-fraction-static",),
+    "dtype": ("--dtype",),
+    "quantization": ("--quantization",),
+    "kv_cache_dtype": ("--kv-cache-dtype",),
+}
+"""What memory and heads depend on; it is not tuned where `--engine-arg` fixes it, and counts all the same."""
+
+SIZE_NUMBERS: Mapping[str, type[int | float]] = {"tp_size": int, "mem_fraction_static": float}
+
+
 def _constraints(names: set[str], target: Target, model: Any, gpus: Sequence[Any]) -> tuple[Constraint, ...]:
     rules = []
     if {"schedule_policy", "radix_cache"} <= names:
@@ -440,27 +463,31 @@ def _constraints(names: set[str], target: Target, model: Any, gpus: Sequence[Any
                 lambda c: c["kv_cache_dtype"] == AUTO or bool(c["radix_cache"]),
             )
         )
-    if gpus and "mem_fraction_static" in names:
-        memory, context = float(min(gpu.bytes for gpu in gpus)), _context(target, model)
+    context, fixed = _context(target, model), given_values(target.engine_args, SIZE_FLAGS, SIZE_NUMBERS)
+    if gpus and ("tp_size" in names or "tp_size" in fixed):
+        rules.append(hugging_face.heads_rule(model, "tp_size", int(fixed.get("tp_size", 1))))
+    memory = float(min(gpu.bytes for gpu in gpus)) if gpus else float(memory_bytes())
 
-        def fits(config: Mapping[str, Value]) -> bool:
-            asked = config.get("mem_fraction_static", AUTO)
-            share = MOST_SHARE if asked == AUTO else float(asked)
-            alike = {**config, "tensor_parallel_size": config.get("tp_size", 1)}
-            return float(hugging_face.needed_bytes(model, alike, context)) <= share * memory
+    def fits(config: Mapping[str, Value]) -> bool:
+        whole = {**config, **fixed}
+        asked = whole.get("mem_fraction_static", AUTO)
+        share = MOST_SHARE if asked == AUTO else float(asked)
+        alike = {**whole, "tensor_parallel_size": whole.get("tp_size", 1)}
+        return hugging_face.needed_bytes(model, alike, context) <= share * memory
 
-        rules.append(
-            Constraint(
-                f"weights ({model.weights / 1e9:.1f}G of them), the cache of one request ({context} tokens) and "
-                f"1 GiB of working memory fit into mem_fraction_static of the GPU's {memory / GIB:.0f} GiB",
-                fits,
-            )
+    where = "the GPU's" if gpus else "main memory's"
+    rules.append(
+        Constraint(
+            f"weights ({model.weights / 1e9:.1f}G of them), the cache of one request ({context} tokens) and "
+            f"1 GiB of working memory fit into mem_fraction_static of {where} {memory / GIB:.0f} GiB",
+            fits,
         )
+    )
     return tuple(rules)
 
 
 MOST_SHARE = 0.95
-"""Of a GPU's memory, where the engine chooses the share."""
+"""Of a GPU's memory, or of the machine's, where the engine chooses the share."""
 
 
 def metrics(target: Target) -> tuple[str, ...]:

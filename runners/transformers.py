@@ -44,9 +44,10 @@ from pathlib import Path
 from typing import Any
 
 from tuner.installed import library, memory_bytes
+from tuner.models import hugging_face
 from tuner.quality import TEXT, TOKENS, Passage, drawn, judge, of_text
 from tuner.space import Choice, Config, Constraint, Effect, Int, Parameter, Refused, SearchSpace, Value, excerpt
-from tuner.trial import Service, Target, Work, refuse_empty_load, refuse_long_load
+from tuner.trial import Service, Target, Work, refuse_empty_load, refuse_long_load, refuse_unused
 
 # --- the model -------------------------------------------------------------------------------
 
@@ -116,7 +117,7 @@ class Model:
     random: bool
     """Whether its weights are made in memory."""
     weight_bytes: int
-    """Bytes of its weights as they are stored."""
+    """Bytes of its weights as they are stored, or would be; 0 where the files do not say."""
     dtype: str
     """What it is stored in, and the default to run it in."""
 
@@ -187,15 +188,19 @@ def _model(target: Target) -> Model:
     except (OSError, ValueError) as error:
         raise Refused(f"--model {target.model}: {folder / 'config.json'} cannot be read ({error})") from error
     _check_kind(target.model, settings)
-    weights = _weight_files(folder)
+    weights = hugging_face.weight_files(folder)
     stored = settings.get("dtype") or settings.get("torch_dtype")
+    dtype = str(stored) if stored in BYTES else "float32"
+    # Drawn weights have the shape's number, whatever lies beside it.
+    counted = round(hugging_face.parameters(settings) * hugging_face.stored_bytes(settings, dtype))
+    found = sum(path.stat().st_size for path in weights)
     model = Model(
         name=folder.name if Path(target.model).expanduser().is_dir() else target.model,
         settings=settings,
         folder=folder,
         random=target.dummy_weights,
-        weight_bytes=sum(path.stat().st_size for path in weights),
-        dtype=str(stored) if stored in BYTES else "float32",
+        weight_bytes=counted or found if target.dummy_weights else found,
+        dtype=dtype,
     )
     if model.number("vocab_size") < 8:
         raise Refused(f"--model {target.model}: {folder / 'config.json'} names no vocab_size")
@@ -261,11 +266,6 @@ def _check_kind(name: str, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: safetensors where there are some, as the library prefers them."""
-    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-
-
 def _fingerprint(model: Model, seed: int) -> str:
     """A digest of the configuration, and of the weights: their names, sizes and both ends of each file.
 
@@ -277,7 +277,7 @@ def _fingerprint(model: Model, seed: int) -> str:
         digest.update(f"random {RECIPE} {seed}".encode())
         return digest.hexdigest()
     assert model.folder is not None
-    for path in _weight_files(model.folder):
+    for path in hugging_face.weight_files(model.folder):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
@@ -297,7 +297,7 @@ def describe(target: Target) -> str:
             f"model: {model.name} with random weights ({model.dtype}, {size}) on {where}: speed and energy are those "
             "of a trained model of this shape, its text is meaningless"
         )
-    weights = "random weights" if model.random else size
+    weights = f"random weights, {size}" if model.random else size
     kind = model.settings.get("model_type", "unknown kind")
     return f"model: {model.name} ({kind}, {model.layers} layers, {model.dtype}, {weights}) on {where}"
 
@@ -411,6 +411,7 @@ def space(target: Target) -> SearchSpace:
     Raises:
         Refused: the model cannot be used, the load does not fit it, or a library is not installed.
     """
+    refuse_unused(target, "transformers")
     _version("transformers")
     machine, model = _machine(), _model(target)
     _check_load(target, model)
@@ -554,15 +555,6 @@ def _cache_effect(caches: Sequence[str]) -> Effect:
 def _check_load(target: Target, model: Model) -> None:
     refuse_empty_load(target)
     refuse_long_load(target, model.context, f"of {model.name}")
-    unused = {
-        "a URL": target.url,
-        "a workload file": target.spec,
-        "a request rate": target.request_rate,
-        "further engine arguments": " ".join(target.engine_args),
-    }
-    for what, given in unused.items():
-        if given:
-            raise Refused(f"{what} ({given}): the transformers workload loads its model itself; leave it out")
 
 
 def _dtype(config: Mapping[str, Value], model: Model) -> str:
@@ -613,17 +605,16 @@ def _constraints(target: Target, model: Model, machine: _Machine, names: set[str
             lambda c: c["attention"] != "flash_attention_2" or _dtype(c, model) != "float32",
         )
     )
-    if model.kv_width and model.layers:
-        room = LARGEST_SHARE * machine.memory_bytes
-        one = _cache_bytes(target, model, 1) / 1e9
-        rules.append(
-            Constraint(
-                f"weights and cache fit into {room / 1e9:.1f} GB of {machine.name}: about "
-                f"{model.parameters / 1e9:.2f} GB of weights for each byte of a number, and a cache of "
-                f"{one:.3g} GB for each prompt of a batch in {model.dtype}",
-                lambda c: _need_bytes(c, target, model) <= room,
-            )
+    room = LARGEST_SHARE * machine.memory_bytes
+    one = _cache_bytes(target, model, 1) / 1e9
+    rules.append(
+        Constraint(
+            f"weights and cache fit into {room / 1e9:.1f} GB of {machine.name}: about "
+            f"{model.parameters / 1e9:.2f} GB of weights for each byte of a number, and a cache of "
+            f"{one:.3g} GB for each prompt of a batch in {model.dtype}",
+            lambda c: _need_bytes(c, target, model) <= room,
         )
+    )
     return tuple(rules)
 
 

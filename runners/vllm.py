@@ -39,6 +39,7 @@ from tuner.installed import (
     Gpu,
     Program,
     given_flags,
+    given_values,
     gpus_here,
     memory_bytes,
     names_of,
@@ -75,7 +76,7 @@ from tuner.space import (
     powers_of_two,
     show,
 )
-from tuner.trial import Service, Target, refuse_empty_load, refuse_long_load
+from tuner.trial import Service, Target, refuse_empty_load, refuse_long_load, refuse_unused
 
 GIB = 2**30
 
@@ -241,6 +242,7 @@ def notes(target: Target) -> list[str]:
 
 
 def _space(target: Target) -> tuple[SearchSpace, list[str]]:
+    refuse_unused(target, "vllm")
     refuse_empty_load(target)
     build, model = _build(), hugging_face.read(target)
     gpus = _device(build)
@@ -382,8 +384,8 @@ def _parameters(target: Target, build: _Build, model: hugging_face.Model, gpus: 
                 values=(False, True),
             )
         )
-        widths = tuple(n for n in powers_of_two(1, len(gpus)) if model.heads % n == 0)
-        if len(widths) > 1:
+        widths = powers_of_two(1, len(gpus))
+        if any(hugging_face.divides(model, n) for n in widths[1:]):
             parameters.append(
                 Choice(
                     name="tensor_parallel_size",
@@ -479,6 +481,18 @@ def _context(target: Target) -> int:
     return math.ceil((target.prompt_tokens + target.output_tokens) / 16) * 16
 
 
+SIZE_FLAGS: Mapping[str, tuple[str, ...]] = {
+    "tensor_parallel_size": ("--tensor-parallel-size", "-tp"),
+    "gpu_memory_utilization": ("--gpu-memory-utilization",),
+    "dtype": ("--dtype",),
+    "quantization": ("--quantization", "-q"),
+    "kv_cache_dtype": ("--kv-cache-dtype",),
+}
+"""What memory and heads depend on; it is not tuned where `--engine-arg` fixes it, and counts all the same."""
+
+SIZE_NUMBERS: Mapping[str, type[int | float]] = {"tensor_parallel_size": int, "gpu_memory_utilization": float}
+
+
 def _constraints(
     names: set[str], target: Target, model: hugging_face.Model, gpus: Sequence[Gpu]
 ) -> tuple[Constraint, ...]:
@@ -498,21 +512,36 @@ def _constraints(
                 lambda c: bool(c["enable_chunked_prefill"]) or int(c["max_num_batched_tokens"]) >= context,
             )
         )
+    fixed = given_values(target.engine_args, SIZE_FLAGS, SIZE_NUMBERS)
+    if gpus and ("tensor_parallel_size" in names or "tensor_parallel_size" in fixed):
+        given = int(fixed.get("tensor_parallel_size", 1))
+        rules.append(hugging_face.heads_rule(model, "tensor_parallel_size", given))
     if gpus:
         memory = min(gpu.bytes for gpu in gpus)
-
-        def fits(config: Mapping[str, Value]) -> bool:
-            share = float(config.get("gpu_memory_utilization", 0.9))
-            return hugging_face.needed_bytes(model, config, context) <= share * memory
-
-        if "gpu_memory_utilization" in names:
-            rules.append(
-                Constraint(
-                    f"weights ({model.weights / 1e9:.1f}G of them), the cache of one request ({context} tokens) and "
-                    f"1 GiB of working memory fit into gpu_memory_utilization of the GPU's {memory / GIB:.0f} GiB",
-                    fits,
-                )
+        rules.append(
+            Constraint(
+                f"weights ({model.weights / 1e9:.1f}G of them), the cache of one request ({context} tokens) and "
+                f"1 GiB of working memory fit into gpu_memory_utilization of the GPU's {memory / GIB:.0f} GiB",
+                lambda c: (
+                    hugging_face.needed_bytes(model, {**c, **fixed}, context)
+                    <= float({**c, **fixed}.get("gpu_memory_utilization", 0.9)) * memory
+                ),
             )
+        )
+    else:
+        kept, memory = _cache_gib(target) * GIB, memory_bytes()
+        rules += [
+            Constraint(
+                f"weights ({model.weights / 1e9:.2f}G of them) and the {kept / GIB:.0f} GiB that are set aside for the "
+                f"cache ({CACHE_SPACE}) fit into the {memory / GIB:.1f} GiB of main memory",
+                lambda c: hugging_face.weight_bytes(model, {**c, **fixed}) + kept <= memory,
+            ),
+            Constraint(
+                f"the cache of one request ({context} tokens) fits into the {kept / GIB:.0f} GiB that are set aside "
+                f"for it ({CACHE_SPACE})",
+                lambda c: hugging_face.cache_bytes(model, {**c, **fixed}, context) <= kept,
+            ),
+        ]
     return tuple(rules)
 
 
@@ -606,16 +635,31 @@ def _fixed_flags(target: Target, build: _Build) -> list[str]:
     return [*words, *target.engine_args]
 
 
-def _environment(config: Config, target: Target, build: _Build) -> dict[str, str]:
-    """Variables that belong to a configuration: those of the CPU build, where the user has not set them."""
-    if not build.for_cpu:
-        return {}
+CACHE_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+
+
+def _cache_gib(target: Target) -> int:
+    """GiB that a build for CPUs sets aside for the cache: the user's own, else what the load takes.
+
+    Raises:
+        Refused: the user's own is no number.
+    """
+    if own := os.environ.get(CACHE_SPACE):
+        if not own.isdigit():
+            raise Refused(f"{CACHE_SPACE}={cut(own, 40)}: expected a whole number of GiB, as vLLM reads it")
+        return int(own)
     model = hugging_face.read(target)
     needed = (
         target.prompts * _context(target) * model.cache_values_per_token * hugging_face.BYTES_OF.get(model.dtype, 2)
     )
-    gib = max(1, min(math.ceil(needed / GIB), int(CACHE_SHARE * memory_bytes() / GIB)))
-    usual = {"VLLM_CPU_KVCACHE_SPACE": str(gib), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return max(1, min(math.ceil(needed / GIB), int(CACHE_SHARE * memory_bytes() / GIB)))
+
+
+def _environment(config: Config, target: Target, build: _Build) -> dict[str, str]:
+    """Variables that belong to a configuration: those of the CPU build, where the user has not set them."""
+    if not build.for_cpu:
+        return {}
+    usual = {CACHE_SPACE: str(_cache_gib(target)), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     threads = {"OMP_NUM_THREADS": str(config["omp_threads"])} if "omp_threads" in config else {}
     return {name: os.environ.get(name, value) for name, value in usual.items()} | threads
 

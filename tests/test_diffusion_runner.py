@@ -119,3 +119,44 @@ def test_a_pipeline_that_cannot_be_had_is_one_sentence(changes, words):
 def test_the_script_for_good_compiles():
     compile(diffusion.service(default(), TARGET).python, "images.py", "exec")
     compile(shlex.split(diffusion.command(default(), TARGET))[2], "command", "exec")
+
+
+HUGE = Target(size="14m", prompts=8, pixels=16384)
+
+
+def test_images_whose_activations_do_not_fit_are_answered_without_a_launch(monkeypatch):
+    monkeypatch.setattr(diffusion, "memory_bytes", lambda: 64 * 10**9)
+    space = diffusion.space(HUGE)
+    with pytest.raises(Refused, match=r"at 16384 pixels at least 206\.2 GB in float32"):
+        space.check(space.default())
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [({}, True), ({"batch_size": 8}, False), ({"batch_size": 8, "vae_slicing": True}, True)],
+)
+def test_a_batch_that_does_not_fit_is_answered_without_a_launch(monkeypatch, changes, fits):
+    # 58 MB of weights; decoding one image takes 201 MB at least, denoising eight of them 386 MB.
+    monkeypatch.setattr(diffusion, "memory_bytes", lambda: 600 * 10**6)
+    space = diffusion.space(Target(size="14m", prompts=8, pixels=512))
+    assert (space.broken({**space.default(), **changes}) == []) is fits
+
+
+def test_attention_slicing_is_refused_where_its_scores_do_not_fit(monkeypatch):
+    monkeypatch.setattr(diffusion, "memory_bytes", lambda: 16 * 10**9)
+    space = diffusion.space(Target(size="14m", prompts=1, pixels=2048))
+    assert space.broken(space.default()) == []
+    with pytest.raises(Refused, match=r"68\.7 GB with attention_slicing"):
+        space.complete({"attention_slicing": True})
+
+
+def test_half_precision_and_no_guidance_halve_what_is_needed(monkeypatch):
+    target = Target(size="14m", prompts=8, pixels=512, allow_lossy=True)
+    known = diffusion._pipeline(target)
+
+    def need(**changes):
+        width = 2 if changes.get("dtype") == "bfloat16" else 4
+        return diffusion._working_bytes(known, target, {"batch_size": 8, "vae_slicing": True, **changes}, width)
+
+    assert need(dtype="bfloat16") == need() / 2
+    assert need(guidance=False) == max(need() / 2, 201_326_592)

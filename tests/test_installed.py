@@ -13,6 +13,8 @@ from tuner.installed import (
     Program,
     cache_folder,
     given_flags,
+    given_value,
+    given_values,
     gpus_here,
     library,
     memory_bytes,
@@ -268,3 +270,27 @@ def test_memory_is_what_a_control_group_allows(monkeypatch):
 def test_a_control_group_without_a_limit_allows_all(monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda _: "max\n")
     assert memory_bytes() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (("--tp-size=4",), "4"),
+        (("--tp-size", "4"), "4"),
+        (("-tp", "2", "--other", "x"), "2"),
+        (("--tp_size=4",), "4"),
+        (("--tp-size=4", "--tp-size=8"), "8"),
+        (("--tp-sizes=4",), None),
+        (("--tp-size",), None),
+        ((), None),
+    ],
+)
+def test_what_a_further_argument_says_of_a_flag_is_found(words, value):
+    assert given_value(words, "--tp-size", "-tp") == value
+
+
+def test_a_further_argument_that_should_be_a_number_and_is_none_is_refused():
+    flags, numbers = {"size": ("--tp-size",), "kind": ("--kind",)}, {"size": int}
+    assert given_values(("--tp-size=4", "--kind=4"), flags, numbers) == {"size": 4, "kind": "4"}
+    with pytest.raises(Refused, match="--engine-arg --tp-size=four: expected a number"):
+        given_values(("--tp-size=four",), flags, numbers)

@@ -99,18 +99,8 @@ def test_a_third_party_library_is_imported_in_its_home_only(path):
 @pytest.mark.parametrize("path", RUNNERS, ids=lambda p: p.name)
 def test_a_runner_knows_of_tune_only_what_is_made_for_runners(path):
     known = {m for m, _ in imported(path) if m.split(".")[0] == "tuner"}
-    shared = {
-        "space",
-        "trial",
-        "serving",
-        "keeper",
-        "expression",
-        "quality",
-        "installed",
-        "models",
-        "models.gguf",
-        "models.hugging_face",
-    }
+    models = {"models", "models.gguf", "models.hugging_face", "models.images"}
+    shared = {"space", "trial", "serving", "keeper", "expression", "quality", "installed", *models}
     assert known <= {f"tuner.{name}" for name in shared}
 
 

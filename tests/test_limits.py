@@ -77,6 +77,26 @@ def test_an_unknown_metric_is_refused_with_the_nearest_one():
         parse_limits(["ttft_p95<=1"], names("token"))
 
 
+@pytest.mark.parametrize(
+    ("workload", "limit", "told"),
+    [
+        ("llama", "images_per_s>=1", "no metric is called"),
+        ("llama", "ttft_p95_s<=1", "tune with --workload llama-server"),
+        ("diffusion", "tokens_per_s>=1", "no metric is called"),
+        ("diffusion", "ttft_p95_s<=1", "no metric is called"),
+    ],
+)
+def test_a_figure_that_the_engine_never_reports_is_refused_before_a_launch(workload, limit, told):
+    needed = {"llama": "xllamacpp", "diffusion": "diffusers"}[workload]
+    pytest.importorskip(needed)
+    done = tune("run", "--workload", workload, "--size", "tiny", "--limit", limit, "--batch", "--proposer", "rules")
+    assert done.returncode == 2
+    assert told in " ".join(done.stderr.split())
+    reported = "images_per_s" if workload == "diffusion" else "tokens_per_s"
+    assert reported in done.stderr
+    assert not Path("results").exists()
+
+
 @given(st.text(max_size=40))
 def test_no_text_is_anything_but_a_limit_or_a_refusal(text):
     try:

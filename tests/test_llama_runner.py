@@ -198,6 +198,55 @@ def gguf(*pairs, version=3, count=None):
     return struct.pack("<4sIQQ", b"GGUF", version, 0, len(pairs) if count is None else count) + b"".join(pairs)
 
 
+def test_a_newer_version_of_the_format_is_named(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf(ARCHITECTURE, version=4))
+    with pytest.raises(Refused, match=r"expected GGUF of version 2 or 3, got version 4; take a file of version 3"):
+        gguf_file.read(Target(model=str(path)))
+
+
+def other_architecture(whole):
+    named = gguf_string(b"general.architecture") + struct.pack("<I", 8)
+    renamed = whole.replace(named + gguf_string(b"llama"), named + gguf_string(b"lmaxx"))
+    return renamed.replace(b"llama.", b"lmaxx.")
+
+
+TURNED_DOWN = {
+    "cut short": (lambda whole: whole[: len(whole) * 3 // 4], "data is not within the file bounds", "get it again"),
+    "another architecture": (other_architecture, "unknown model architecture", "pip install --upgrade xllamacpp"),
+    "a tensor of another name": (
+        lambda whole: whole.replace(b"blk.1.ffn_down.weight", b"blk.1.ffn_none.weight"),
+        "tensor 'blk.1.ffn_down.weight' not found",
+        "get it again",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", TURNED_DOWN)
+def test_a_file_that_the_engine_turns_down_is_told_with_a_way_on(llama, tmp_path, log, change):
+    spoil, cause, step = TURNED_DOWN[change]
+    path = tmp_path / "model.gguf"
+    path.write_bytes(spoil(gguf_file.generated(TINY, "Q4_0").read_bytes()))
+    target = replace(TINY, size=None, model=str(path))
+    with pytest.raises(RuntimeError) as failed, llama.launch(llama.space(target).default(), target):
+        pytest.fail("an engine was yielded")
+    assert cause in str(failed.value)
+    assert step in str(failed.value)
+
+
+def test_other_causes_of_the_engine_get_no_advice_about_the_file():
+    assert gguf_file.next_step("unable to allocate CUDA0 buffer", "update") == ""
+
+
+@pytest.mark.parametrize(("mib", "fits"), [(2, True), (1, False)])
+def test_weights_and_cache_fit_main_memory(llama, monkeypatch, mib, fits):
+    # 0.16 MB of weights, and 2048 tokens of 2 x 2 x 64 half-precision numbers: 1.05 MB.
+    monkeypatch.setattr(llama, "memory_bytes", lambda: mib * 2**20)
+    told = llama.space(TINY).broken(llama.space(TINY).default())
+    assert (told == []) is fits
+    assert fits or "weights (0.00015 GiB) and cache fit into the 0.000977 GiB of main memory" in told[0]
+
+
 ARCHITECTURE = gguf_string(b"general.architecture") + struct.pack("<I", 8) + gguf_string(b"llama")
 
 NOT_A_MODEL = {

@@ -209,7 +209,7 @@ def test_what_does_not_fit_a_gpu_is_answered_without_a_launch(own, llama_server,
 def test_what_does_not_fit_main_memory_is_answered_without_a_launch(llama_server, monkeypatch):
     monkeypatch.setattr(llama_server, "memory_bytes", lambda: 10**6)
     space = llama_server.space(LOAD)
-    assert "fit into the 0 GiB of main memory" in space.broken(space.default())[0]
+    assert "fit into the 0.000931 GiB of main memory" in space.broken(space.default())[0]
 
 
 def test_the_cache_is_counted_from_the_files_header(llama_server):

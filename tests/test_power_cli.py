@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from commands import TUNE, settle_in
 from commands import typed as tune
+from fakes.openai_server import Engine
 from test_cli import CALM, study
 from test_control import gpus, running  # noqa: F401 - a fixture is used by its name
 
@@ -140,3 +141,33 @@ def test_a_resumed_study_holds_the_gpus_again(gpu):
     assert done.returncode == 0, done.stderr
     assert len(study().history) == 3
     assert gpu.settings() == (300.25, None)
+
+
+SERVED = ["run", *ON_GPU, "--workload", "server", "--prompt-tokens", 4, "--trials", 3]
+
+
+def test_power_and_clock_of_a_server_that_runs_already_are_tuned_beside_the_load(gpu):
+    with Engine() as engine:
+        done = tune(*SERVED, "--url", engine.url, "--allow-power-control")
+    assert done.returncode == 0, done.stderr
+    tried = study().history.trials
+    assert list(tried[0].config) == ["concurrency", "gpu_power_limit_w", "gpu_sm_clock_mhz"]
+    assert len({t.config["gpu_power_limit_w"] for t in tried}) > 1
+    assert gpu.settings() == (300.25, None)
+
+
+def test_in_an_open_loop_power_and_clock_are_what_is_left_to_tune_of_a_server():
+    with Engine() as engine:
+        done = tune(*SERVED, "--url", engine.url, "--request-rate", 200, "--allow-power-control")
+    assert done.returncode == 0, done.stderr
+    assert {t.error for t in study().history.trials} == {None}
+    assert list(study().history.trials[0].config) == ["gpu_power_limit_w", "gpu_sm_clock_mhz"]
+
+
+def test_in_an_open_loop_without_them_nothing_is_left_and_the_rate_is_named():
+    with Engine() as engine:
+        done = tune(*SERVED, "--url", engine.url, "--request-rate", 200)
+    assert done.returncode == 2
+    assert "nothing is left to tune" in done.stderr
+    assert "--request-rate 200 decides how many requests are in flight: leave it out" in done.stderr
+    assert not Path("results").exists()

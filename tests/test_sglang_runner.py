@@ -202,12 +202,34 @@ def test_a_gpu_gets_the_engines_chunk_for_its_size(sglang, gpus, gpu, chunk):
     assert "tp_size" not in space.names
 
 
-def test_tensor_parallel_sizes_divide_the_heads_and_do_not_exceed_the_gpus(sglang, gpus, tmp_path):
+def test_tensor_parallel_sizes_do_not_exceed_the_gpus(sglang, gpus, tmp_path):
     gpus(*[L4] * 8)
-    # The generated model has four heads.
-    assert sglang.space(ON_GPU)["tp_size"].values == (1, 2, 4)
     big = replace(ON_GPU, model=model_folder(tmp_path / "m"), dummy_weights=True)
     assert sglang.space(big)["tp_size"].values == (1, 2, 4, 8)
+
+
+def test_gpus_that_cannot_share_the_heads_are_answered_with_the_reason(sglang, gpus):
+    gpus(*[L4] * 8)
+    with pytest.raises(Refused, match="tp_size divides the 4 attention heads of generated llama 15M"):
+        sglang.space(ON_GPU).complete({"tp_size": 8})
+
+
+def test_a_share_of_memory_that_an_argument_fixes_counts(sglang, gpus, tmp_path):
+    gpus(L4, L4)
+    target = replace(ON_GPU, model=model_folder(tmp_path / "m"), dummy_weights=True)
+    for arguments, fits in ((("--mem-fraction-static=0.6",), False), (("--mem-fraction-static", "0.9"), True)):
+        space = sglang.space(replace(target, engine_args=arguments))
+        assert bool(space.broken(space.default())) is not fits
+
+
+@pytest.mark.parametrize(("gib", "fits"), [(20, True), (16, False)])
+def test_weights_and_cache_fit_a_cpus_memory(sglang, monkeypatch, tmp_path, gib, fits):
+    monkeypatch.setattr(sglang, "memory_bytes", lambda: gib * 2**30)
+    # 8.03G weights in 16 bits are 15.0 GiB.
+    space = sglang.space(replace(LOAD, model=model_folder(tmp_path / "m"), dummy_weights=True))
+    told = space.broken(space.default())
+    assert (told == []) is fits
+    assert fits or "fit into mem_fraction_static of main memory's 16 GiB" in told[0]
 
 
 def test_lossy_parameters_take_their_values_from_the_help(sglang, gpus, tmp_path):

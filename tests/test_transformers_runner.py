@@ -205,6 +205,15 @@ def test_a_model_that_does_not_fit_the_memory_is_refused_before_a_launch(hf, mon
         space.check(space.default())
 
 
+@pytest.mark.parametrize("beside", [0, 1000])
+def test_weights_that_are_drawn_are_counted_from_the_shape_whatever_lies_beside_it(hf, tmp_path, beside):
+    settings = dict(hf._model(Target(size="8b")).settings)
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "torch_dtype": "bfloat16"}))
+    (tmp_path / "model.safetensors").write_bytes(b"x" * beside)
+    model = hf._model(Target(model=str(tmp_path), dummy_weights=True))
+    assert model.weight_bytes == pytest.approx(2 * hf.SIZES["8b"].parameters, rel=1e-3)
+
+
 def test_a_cache_that_does_not_fit_the_memory_is_refused_and_a_smaller_batch_is_not(hf, monkeypatch):
     monkeypatch.setattr(hf, "_machine", lambda: hf._Machine("cpu", "the CPU", 6 * 10**9, 2, True))
     space = hf.space(Target(size="1b", prompts=64, prompt_tokens=4096))
@@ -344,8 +353,12 @@ def test_the_script_says_what_the_configuration_says(on_gpu, monkeypatch, change
         (None, {"size": "70b"}, "--size 70b: expected one of tiny, 15m, 160m, 1b, 8b"),
         (None, {"size": "tiny", "prompts": 0}, "--prompts 0: expected at least 1"),
         (None, {"size": "tiny", "output_tokens": 5000}, "at most 4096 tokens together"),
-        (None, {"size": "tiny", "request_rate": 2.0}, r"a request rate \(2.0\): .*leave it out"),
-        (None, {"size": "tiny", "engine_args": ("--x",)}, "further engine arguments"),
+        (None, {"size": "tiny", "request_rate": 2.0}, r"--request-rate 2: .*leave it out"),
+        (
+            None,
+            {"size": "tiny", "engine_args": ("--x",)},
+            "--engine-arg --x: the transformers workload has no use for it",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_one_sentence(hf, tmp_path, model, more, sentence):

@@ -234,13 +234,62 @@ def test_other_gpus_get_other_defaults(vllm, gpus, name, mib, seats):
     assert vllm.space(LOAD)["max_num_seqs"].default == seats
 
 
-def test_tensor_parallel_sizes_divide_the_heads_and_do_not_exceed_the_gpus(vllm, gpus, monkeypatch, tmp_path):
+def test_tensor_parallel_sizes_do_not_exceed_the_gpus(vllm, gpus, monkeypatch, tmp_path):
     gpus(*[("NVIDIA L4", 23034)] * 8)
-    assert vllm.space(LOAD)["tensor_parallel_size"].values == (1, 2, 4)
     big = replace(LOAD, model=str(model_folder(tmp_path / "m")), dummy_weights=True)
     assert vllm.space(big)["tensor_parallel_size"].values == (1, 2, 4, 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
     assert vllm.space(big)["tensor_parallel_size"].values == (1, 2)
+
+
+def test_gpus_that_cannot_share_the_heads_are_answered_with_the_reason(vllm, gpus, tmp_path):
+    gpus(*[("NVIDIA L4", 23034)] * 8)
+    shape = {"num_attention_heads": 24, "num_key_value_heads": 6, "hidden_size": 3072, "num_hidden_layers": 2}
+    space = vllm.space(replace(LOAD, model=str(model_folder(tmp_path / "m", **shape)), dummy_weights=True))
+    assert space.complete({"tensor_parallel_size": 2})
+    with pytest.raises(Refused, match="tensor_parallel_size divides the 24 attention heads and 6 key-value heads"):
+        space.complete({"tensor_parallel_size": 4})
+
+
+def test_gpus_that_an_argument_asks_for_share_the_heads_and_the_memory_too(vllm, gpus, tmp_path):
+    gpus(*[("NVIDIA L4", 23034)] * 3)
+    target = replace(LOAD, model=str(model_folder(tmp_path / "m")), dummy_weights=True)
+    three = vllm.space(replace(target, engine_args=("--tensor-parallel-size", "3")))
+    assert "divides the 32 attention heads" in three.broken(three.default())[0]
+    # 16.1 GB of weights: too much for 60 % of one GPU, and half of it is not.
+    for arguments, fits in (
+        (("--gpu-memory-utilization=0.6",), False),
+        (("-tp=2 --gpu-memory-utilization=0.6",), True),
+    ):
+        space = vllm.space(replace(target, engine_args=arguments))
+        assert bool(space.broken(space.default())) is not fits
+
+
+@pytest.mark.parametrize(("gib", "fits"), [(18, True), (16, False)])
+def test_weights_and_the_cache_set_aside_fit_a_cpus_memory(vllm, monkeypatch, tmp_path, gib, fits):
+    monkeypatch.setattr(vllm, "memory_bytes", lambda: gib * 2**30)
+    # 8.03G weights in 16 bits are 15.0 GiB; 1 GiB is the least that is set aside.
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    space = vllm.space(replace(LOAD, model=str(model_folder(tmp_path / "m")), dummy_weights=True))
+    told = space.broken(space.default())
+    assert (told == []) is fits
+    assert fits or "and the 2 GiB that are set aside for the cache (VLLM_CPU_KVCACHE_SPACE) fit" in told[0]
+
+
+def test_the_cache_of_one_request_fits_what_is_set_aside_on_a_cpu(vllm, monkeypatch, tmp_path):
+    monkeypatch.setattr(vllm, "memory_bytes", lambda: 64 * 2**30)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    # 128 KiB a token: 8192 of them fill 1 GiB.
+    long = replace(LOAD, model=str(model_folder(tmp_path / "m", max_position_embeddings=16384)), dummy_weights=True)
+    assert vllm.space(replace(long, prompt_tokens=8000)).broken(vllm.space(long).default()) == []
+    told = vllm.space(replace(long, prompt_tokens=9000)).broken(vllm.space(long).default())
+    assert "the cache of one request (9008 tokens) fits into the 1 GiB" in told[0]
+
+
+def test_a_cache_space_that_is_no_number_is_refused(vllm, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "lots")
+    with pytest.raises(Refused, match="VLLM_CPU_KVCACHE_SPACE=lots: expected a whole number of GiB"):
+        vllm.space(LOAD)
 
 
 def test_a_gpu_build_without_a_gpu_is_refused(own, vllm, monkeypatch):

@@ -18,7 +18,7 @@ from tuner.checks import COUNTER_PERIODS, PERIODS_IN_A_WINDOW, SAMPLED_WINDOW_SE
 from tuner.files import find, load_runner, shipped, unit_of
 from tuner.journal import NAME as JOURNAL
 from tuner.journal import Header, Plan, Segment, Study
-from tuner.limits import Limit, parse_limits
+from tuner.limits import Limit, columns_of, parse_limits
 from tuner.limits import names as limit_names
 from tuner.meters import MeterChoice, MeterOptions, choose, counts
 from tuner.proposers import CLASSICAL, open_classical
@@ -203,9 +203,16 @@ def _bench(header: Header, meters: MeterChoice, say: Say, *, search: bool = True
     if blind:
         notes.append(f"kept at their defaults, because this meter cannot see what they do: {', '.join(blind)}")
     if faults := space.broken(space.default()):
-        raise Refused(f"the configuration to start from is not legal: {'; '.join(faults)}")
+        raise Refused(
+            f"the configuration to start from is not legal: {'; '.join(faults)}; start from another one with --pin or "
+            "--range, or take a smaller model or load"
+        )
     if search and not space.free:
-        raise Refused("nothing is left to tune: every parameter is pinned or has a single value")
+        rate = header.target.request_rate
+        why = "every parameter is pinned or has a single value"
+        if rate is not None:
+            why += f", and --request-rate {rate:g} decides how many requests are in flight: leave it out"
+        raise Refused(f"nothing is left to tune: {why}")
     return Bench(
         runner_path=path,
         runner=runner,
@@ -221,19 +228,21 @@ def _bench(header: Header, meters: MeterChoice, say: Say, *, search: bool = True
 
 def _limits(path: Path, runner: Runner, header: Header) -> tuple[Limit, ...]:
     """What is asked for, refused at once where the runner knows that it will never report the figure."""
-    limits = parse_limits(header.limits, metrics_of(path, runner, header.target))
+    known = metrics_of(path, runner, header.target)
     lacks = getattr(runner, "lacks", None)
-    never = asked(path, "lacks", lambda: lacks(header.target)) if lacks and limits else {}
-    if limit := next((limit for limit in limits if limit.column in never), None):
-        raise Refused(f"--limit {limit}: {never[limit.column]}")
-    return limits
+    never = asked(path, "lacks", lambda: lacks(header.target)) if lacks and header.limits else {}
+    reported = tuple(name for name in known if name not in never)
+    if column := next((name for name in columns_of(header.limits) if name in never), None):
+        text = next(text for text in header.limits if columns_of([text]) == (column,))
+        raise Refused(f"--limit {text}: {never[column]} (it reports {', '.join(reported)})")
+    return parse_limits(header.limits, reported)
 
 
 def metrics_of(path: Path, runner: Runner, target: Target) -> tuple[str, ...]:
-    """The figures that limits may be set on: those that every engine may report, and this runner's own."""
+    """The figures that limits may be set on: those that any engine of its unit may report, and this runner's own."""
     own = getattr(runner, "metrics", None)
     more = tuple(asked(path, "metrics", lambda: own(target))) if own else ()
-    return tuple(dict.fromkeys([*more, *limit_names("token"), *limit_names("image")]))
+    return tuple(dict.fromkeys([*more, *limit_names(asked(path, "unit", lambda: unit_of(runner, target)))]))
 
 
 def _with_knobs(space: SearchSpace, meters: MeterChoice, say: Say) -> SearchSpace:

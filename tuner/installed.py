@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.serving import cut
-from tuner.space import Refused
+from tuner.space import Refused, Value
 
 # --- the program -----------------------------------------------------------------------------
 
@@ -302,3 +303,40 @@ def memory_bytes() -> int:
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     except (OSError, ValueError):  # no such file, or `max`
         return total
+
+
+def given_value(words: Sequence[str], *flags: str) -> str | None:
+    """The value that the words of `--engine-arg` give to a flag, by any of its names; None where they name none.
+
+    As the engines' parsers do: the last one counts, `--flag=value` or `--flag` and `value`, `_` for `-`.
+    """
+    found = None
+    for word, following in itertools.zip_longest(words, words[1:]):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") in flags:
+            found = value if equals else following
+    return found
+
+
+def given_values(
+    words: Sequence[str], flags: Mapping[str, Sequence[str]], numbers: Mapping[str, type[int | float]]
+) -> dict[str, Value]:
+    """What the words of `--engine-arg` say of parameters, by the parameter's name.
+
+    Args:
+        words: of `--engine-arg`.
+        flags: all names of each parameter's flag.
+        numbers: the parameters whose values are numbers.
+
+    Raises:
+        Refused: such a value is none.
+    """
+    found: dict[str, Value] = {}
+    for name, names in flags.items():
+        if (text := given_value(words, *names)) is None:
+            continue
+        try:
+            found[name] = numbers[name](text) if name in numbers else text
+        except ValueError as error:
+            raise Refused(f"--engine-arg {names[0]}={cut(text, 40)}: expected a number") from error
+    return found

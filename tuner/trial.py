@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
-from tuner.space import Config, Lever, Refused, SearchSpace, Value
+from tuner.space import Config, Lever, Refused, SearchSpace, Value, excerpt, show
 
 Unit = Literal["token", "image", "epoch"]
 
@@ -211,6 +211,63 @@ class Runner(Protocol):
 
     def command(self, config: Config, target: Target) -> str:
         """The shell command that starts this engine with `config`."""
+
+
+@dataclass(frozen=True)
+class _Option:
+    """One option of `tune run` that says what is run, by its name in `Target`."""
+
+    flag: str
+    taken_by: tuple[str, ...]
+    """The shipped workloads that heed it."""
+
+
+_TEXT = ("llama", "llama-server", "vllm", "sglang", "ollama", "server", "transformers")
+
+OPTIONS: Mapping[str, _Option] = {
+    "size": _Option("--size", ("llama", "llama-server", "vllm", "sglang", "transformers", "diffusion")),
+    "url": _Option("--url", ("server",)),
+    "spec": _Option("--spec", ("command",)),
+    "dummy_weights": _Option("--dummy-weights", ("vllm", "sglang", "transformers")),
+    "engine_args": _Option("--engine-arg", ("llama-server", "vllm", "sglang", "diffusion")),
+    "request_rate": _Option("--request-rate", ("llama-server", "vllm", "sglang", "ollama", "server")),
+    "prompt_tokens": _Option("--prompt-tokens", (*_TEXT, "command")),
+    "output_tokens": _Option("--output-tokens", (*_TEXT, "command")),
+    "pixels": _Option("--pixels", ("diffusion",)),
+}
+"""Options that some workloads have no use for. What is not listed (--model, --prompts, --seed) all of them heed."""
+
+
+def refuse_unused(target: Target, workload: str, hints: Mapping[str, str] | None = None) -> None:
+    """For every runner: an option that it would pass over in silence makes a study of something else.
+
+    An option at its default counts as left out.
+
+    Args:
+        target: what to run.
+        workload: the runner's own name, as `OPTIONS` lists it.
+        hints: by name in `Target`, what to do instead, as the end of the sentence.
+
+    Raises:
+        Refused: all such options at once, each with its value and the workloads that heed it.
+    """
+    usual = Target()
+    faults = []
+    for name, option in OPTIONS.items():
+        given = getattr(target, name)
+        if workload in option.taken_by or given == getattr(usual, name):
+            continue
+        value = "" if given is True else " ".join(given) if isinstance(given, tuple) else show(given)
+        plain = value.isprintable() and len(value) <= 100
+        shown = f" {value if plain else excerpt(value, 100)}" if value else ""
+        takers = " and ".join(filter(None, (", ".join(option.taken_by[:-1]), option.taken_by[-1])))
+        hint = f"; {hints[name]}" if hints and name in hints else ""
+        faults.append(
+            f"{option.flag}{shown}: the {workload} workload has no use for it ({takers} "
+            f"{'has' if len(option.taken_by) == 1 else 'have'}); leave it out{hint}"
+        )
+    if faults:
+        raise Refused("; ".join(faults))
 
 
 def refuse_empty_load(target: Target) -> None:

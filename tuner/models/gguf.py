@@ -11,20 +11,23 @@ import hashlib
 import math
 import mmap
 import os
+import re
 import shlex
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tuner.installed import cache_folder, library
-from tuner.space import Refused
+from tuner.space import Constraint, Refused, Value
 from tuner.trial import Target
 
 INSTALL = "pip install xllamacpp gguf"
+
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -115,16 +118,28 @@ _STRING, _ARRAY = 8, 9
 _ORDINARY_TOKEN = 1
 
 
+NEWEST = 3
+"""The newest version of the format that is read here, and of llama.cpp since 2023."""
+
+
+class NewerVersion(Exception):
+    """The file has a version of the format that nobody knew when this was written; it is the argument."""
+
+
 def metadata(data: mmap.mmap) -> dict[str, Any]:
     """The key-value pairs of a GGUF file. Of an array of strings only its indices are given: nobody needs the texts.
 
     `gguf.GGUFReader` reads the same, but takes seconds for a vocabulary of 100,000 pieces.
 
     Raises:
+        NewerVersion: of the format.
         ValueError, LookupError, OverflowError, struct.error: the bytes are no GGUF of version 2 or 3.
     """
     magic, version, _, pairs = struct.unpack_from("<4sIQQ", data)
-    if magic != b"GGUF" or version not in (2, 3):
+    # A file of the other byte order has a version of millions.
+    if magic == b"GGUF" and NEWEST < version < 1000:
+        raise NewerVersion(version)
+    if magic != b"GGUF" or version not in (2, NEWEST):
         raise ValueError("magic or version")
     offset = struct.calcsize("<4sIQQ")
 
@@ -194,6 +209,11 @@ def _header_of(path: Path, size: int, _mtime_ns: int) -> Model:
             cache_values_per_token=cache_values_per_token(own),
             tokens=tuple(ordinary) or tuple(vocabulary),
         )
+    except NewerVersion as error:
+        raise Refused(
+            f"--model {path}: expected GGUF of version 2 or {NEWEST}, got version {error}; take a file of version "
+            f"{NEWEST}, or a newer tune"
+        ) from error
     # The messages of these are about bytes and keys; the person's question is only: is it a model?
     except (ValueError, LookupError, TypeError, OverflowError, struct.error) as error:
         raise Refused(
@@ -225,6 +245,70 @@ def cache_values_per_token(own: Mapping[str, Any]) -> int:
     )
     width = number("embedding_length") // heads
     return (number("attention.key_length", width) + number("attention.value_length", width)) * all_heads
+
+
+CACHE_BYTES: Mapping[str, float] = {"f16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32}
+"""Bytes of a cached number by its type; a quantised block holds 32 and one 2-byte scale."""
+
+
+def needed_bytes(model: Model, config: Mapping[str, Value], context: int) -> float:
+    """Weights, and a cache of `context` tokens."""
+    values = model.cache_values_per_token / 2
+    types = (str(config.get(f"cache_type_{side}", "f16")) for side in ("k", "v"))
+    return model.bytes + context * sum(values * CACHE_BYTES[kind] for kind in types)
+
+
+def memory_rule(
+    model: Model,
+    memory: int,
+    context: Callable[[Mapping[str, Value]], int],
+    offloaded: Callable[[Mapping[str, Value]], float],
+) -> Constraint:
+    """That weights and cache fit into main memory.
+
+    Args:
+        model: what is loaded.
+        memory: bytes.
+        context: tokens of all slots under a configuration.
+        offloaded: the share of the layers that are on a GPU.
+    """
+    return Constraint(
+        f"weights ({model.bytes / GIB:.2g} GiB) and cache fit into the {memory / GIB:.3g} GiB of main memory, as far "
+        "as they are not on a GPU",
+        lambda c: (1 - offloaded(c)) * needed_bytes(model, c, context(c)) <= memory,
+    )
+
+
+_UNKNOWN = re.compile(
+    r"unknown model architecture|unknown pre-tokenizer|invalid ggml type|only supports up to version|"
+    r"unsupported (?:GGUF |file )?version|bad GGUF version",
+    re.IGNORECASE,
+)
+_DAMAGED = re.compile(
+    r"not within the file bounds|corrupted or incomplete|invalid magic|has invalid data|failed to read|"
+    r"wrong number of tensors|tensor '[^']*' not found|missing tensor|wrong shape|key not found|"
+    r"invalid offset|unexpectedly reached end of file",
+    re.IGNORECASE,
+)
+"""What llama.cpp says of a file that it does not know, and of one that cannot be right (src/llama-model-loader.cpp,
+ggml/src/gguf.cpp, at b11549)."""
+
+
+def next_step(cause: str, update: str) -> str:
+    """What to do about a model that llama.cpp turned down, as the end of the sentence; empty for other causes.
+
+    Args:
+        cause: the line of its log that says why.
+        update: how this engine is brought up to date.
+    """
+    if _UNKNOWN.search(cause):
+        return f"; this build does not know what the file holds: {update}, or take a model that is older than it"
+    if _DAMAGED.search(cause):
+        return (
+            "; the file is damaged, cut short or of another version: compare its size with the source's and get it "
+            "again, or convert it anew with this build's convert_hf_to_gguf.py"
+        )
+    return ""
 
 
 def shape_of(target: Target) -> Shape:

@@ -21,7 +21,7 @@ from typing import Any
 
 from tuner.installed import cache_folder
 from tuner.serving import cut
-from tuner.space import Refused, Value
+from tuner.space import Constraint, Refused, Value
 from tuner.trial import Target
 
 GIB = 2**30
@@ -72,10 +72,12 @@ class Model:
     cache_values_per_token: int
     """Numbers that one token leaves in the cache, over all layers and heads."""
     weights: int
-    """Number of weights, from the files' size or the shape."""
+    """Number of weights, from the files' size or the shape; quantised, as many of `dtype` as its room takes."""
     dtype: str
     quantised: str | None
     """The method that its weights are quantised with already."""
+    latent: bool = False
+    """Whether its cache is a compressed one for all heads (multi-head latent attention)."""
 
 
 def read(target: Target) -> Model:
@@ -88,10 +90,10 @@ def read(target: Target) -> Model:
         size = target.size or DEFAULT_SIZE
         if size not in SIZES:
             raise Refused(f"--size {size}: expected one of {', '.join(SIZES)}")
-        return _read_model(f"generated llama {SIZES[size].label}", _generated(SIZES[size]), SIZES[size])
+        return _read_model(f"generated llama {SIZES[size].label}", _generated(SIZES[size]), SIZES[size], dummy=True)
     if target.size is not None:
         raise Refused(f"--size {target.size} makes a model and --model {target.model} names one: leave one of them out")
-    return _read_model(target.model, _folder(target.model), None)
+    return _read_model(target.model, _folder(target.model), None, dummy=target.dummy_weights)
 
 
 def _folder(name: str) -> Path:
@@ -113,12 +115,11 @@ def _folder(name: str) -> Path:
     raise Refused(f"--model {name}: it is not in {hub.parent}; download it first: hf download {name}")
 
 
-def _read_model(name: str, folder: Path, generated: Shape | None) -> Model:
+def _read_model(name: str, folder: Path, generated: Shape | None, *, dummy: bool) -> Model:
     path = folder / "config.json"
     try:
         whole: dict[str, Any] = json.loads(path.read_text())
-        # Models that see keep the language model's shape one level down.
-        of: dict[str, Any] = {**whole, **whole.get("text_config", {})}
+        of = _text(whole)
         layers, heads, width = (int(of[key]) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
         kv_heads = int(of.get("num_key_value_heads") or heads)
         head_width = int(of.get("head_dim") or width // heads)
@@ -129,8 +130,9 @@ def _read_model(name: str, folder: Path, generated: Shape | None) -> Model:
         dtype = str(of.get("dtype") or of.get("torch_dtype") or "float32").removeprefix("torch.")
         quantisation = of.get("quantization_config") or {}
         vocabulary = int(of["vocab_size"])
-        files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-        weights = sum(p.stat().st_size for p in files) // BYTES_OF.get(dtype, 2) or _weights(of, width, layers)
+        # Drawn weights have the shape's number, whatever lies beside it.
+        stored = 0 if dummy else sum(path.stat().st_size for path in weight_files(folder))
+        stored = stored or round(parameters(whole) * stored_bytes(whole, dtype))
         return Model(
             name=name,
             folder=folder,
@@ -141,7 +143,8 @@ def _read_model(name: str, folder: Path, generated: Shape | None) -> Model:
             vocabulary=vocabulary,
             context=int(of.get("max_position_embeddings") or 0),
             cache_values_per_token=layers * per_layer,
-            weights=weights,
+            weights=stored // BYTES_OF.get(dtype, 2),
+            latent=bool(of.get("kv_lora_rank")),
             dtype=dtype,
             quantised=str(quantisation.get("quant_method")) if quantisation else None,
         )
@@ -151,12 +154,122 @@ def _read_model(name: str, folder: Path, generated: Shape | None) -> Model:
         raise Refused(f"--model {name}: {path} does not describe a language model ({cut(str(error), 80)})") from error
 
 
-def _weights(of: Mapping[str, Any], width: int, layers: int) -> int:
-    """Weights of a Llama-like transformer, from its shape: embedding, output, attention, gated feed-forward."""
-    experts = int(of.get("num_local_experts") or of.get("num_experts") or of.get("n_routed_experts") or 1)
-    feed_forward = int(of.get("moe_intermediate_size") or of.get("intermediate_size") or 4 * width)
-    embeddings = (1 if of.get("tie_word_embeddings") else 2) * int(of["vocab_size"]) * width
-    return embeddings + layers * (4 * width * width + 3 * width * feed_forward * experts)
+def weight_files(folder: Path) -> list[Path]:
+    """The files that an engine loads: those that the index names, else all safetensors, else pickles.
+
+    Some models come twice in one folder, `consolidated.safetensors` beside the shards of the index.
+    """
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            named = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+            if found := [folder / name for name in named if (folder / name).is_file()]:
+                return found
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
+TIED = frozenset(
+    {
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
+        "opt",
+        "bloom",
+        "falcon",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "cohere",
+        "mpt",
+    }
+)
+"""Kinds whose output layer is the embedding where the file does not say; it names only what differs from the kind's own
+default."""
+
+PLAIN = frozenset(
+    {
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
+        "gpt_neox",
+        "gptj",
+        "opt",
+        "bloom",
+        "falcon",
+        "phi",
+        "starcoder2",
+        "codegen",
+        "mpt",
+    }
+)
+"""Kinds whose feed-forward has two matrices; all others are taken to have the three of a gated one."""
+
+
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+def parameters(settings: Mapping[str, Any]) -> int:
+    """Weights of a decoder-only language model, counted from its `config.json`; 0 where that names no shape.
+
+    Embeddings and matrices: attention with grouped heads or a compressed cache (multi-head latent attention),
+    feed-forward, experts and what they share. Norms and biases, some thousandths, are left out, and so is a vision
+    part: what is counted is there.
+    """
+    of = _text(settings)
+
+    def number(*names: str) -> int:
+        found = (of.get(name) for name in names)
+        return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), 0)
+
+    width, layers = number("hidden_size", "n_embd", "d_model"), number(*LAYERS)
+    heads, vocabulary = number("num_attention_heads", "n_head", "num_heads", "n_heads"), number("vocab_size")
+    if not (width and layers and heads and vocabulary):
+        return 0
+    kind = str(of.get("model_type") or settings.get("model_type"))
+    one_head = of.get("multi_query") and not of.get("new_decoder_architecture")
+    kv_heads = 1 if one_head else number("num_key_value_heads", "num_kv_heads") or heads
+    head = number("head_dim") or width // heads
+    attention = 2 * width * heads * head + 2 * width * kv_heads * head
+    if latent := number("kv_lora_rank"):
+        rotary, plain, value = number("qk_rope_head_dim"), number("qk_nope_head_dim"), number("v_head_dim")
+        query = number("q_lora_rank")
+        queries = heads * (plain + rotary)
+        attention = (query * (width + queries) if query else width * queries) + width * (latent + rotary)
+        attention += heads * (latent * (plain + value) + value * width)
+    matrices = 2 if kind in PLAIN else 3
+    dense = matrices * width * (number("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * width)
+    experts = number("num_local_experts", "num_experts", "n_routed_experts")
+    if experts:
+        each = number("moe_intermediate_size", "intermediate_size") or 4 * width
+        shared = number("shared_expert_intermediate_size") or number("n_shared_experts") * each
+        sparse = width * (3 * (experts * each + shared) + experts)
+        first = min(layers, number("first_k_dense_replace") or len(of.get("mlp_only_layers") or ()))
+        feed_forward = first * dense + (layers - first) * sparse
+    else:
+        feed_forward = layers * dense
+    tied = of.get("tie_word_embeddings", settings.get("tie_word_embeddings", kind in TIED))
+    learned = kind in ("gpt2", "gpt_bigcode", "gpt_neo", "opt")
+    positions = number("n_positions", "max_position_embeddings") if learned else 0
+    return (1 if tied else 2) * vocabulary * width + positions * width + layers * attention + feed_forward
+
+
+def _text(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the language part: models that see keep them one level down."""
+    inner = settings.get("text_config")
+    return {**settings, **(inner if isinstance(inner, Mapping) else {})}
+
+
+def stored_bytes(settings: Mapping[str, Any], dtype: str) -> float:
+    """Bytes of one weight as the configuration says it is kept: in its type, or in the bits it is quantised to."""
+    quantised = settings.get("quantization_config") or {}
+    if not quantised:
+        return BYTES_OF.get(dtype, 2)
+    bits = quantised.get("bits") or quantised.get("weight_bits")
+    bits = bits or (8 if quantised.get("load_in_8bit") or "8" in str(quantised.get("quant_method")) else 4)
+    return float(bits) / 8
 
 
 def _generated(shape: Shape) -> Path:
@@ -231,7 +344,7 @@ def _generated(shape: Shape) -> Path:
 def fingerprint(model: Model) -> str:
     """SHA-256 over the configuration and, of each file of weights, name, size and first MiB."""
     digest = hashlib.sha256((model.folder / "config.json").read_bytes())
-    for path in sorted([*model.folder.glob("*.safetensors"), *model.folder.glob("*.bin")]):
+    for path in weight_files(model.folder):
         digest.update(f"{path.name} {path.stat().st_size}".encode())
         with path.open("rb") as file:
             digest.update(file.read(2**20))
@@ -243,19 +356,57 @@ def is_dummy(target: Target) -> bool:
     return target.dummy_weights or target.model is None
 
 
-def needed_bytes(model: Model, config: Mapping[str, Value], context: int) -> float:
-    """What one GPU must hold at least."""
-    dtype = str(config.get("dtype", "auto"))
-    width = BYTES_OF.get(model.dtype, 2) if dtype == "auto" else BYTES_OF[dtype]
-    # `auto` runs 32-bit models with 16 bits.
-    width = 2 if dtype == "auto" and width == 4 else width
-    weights = model.weights * (1 if config.get("quantization") == "fp8" else width)
+def weight_bytes(model: Model, config: Mapping[str, Value]) -> float:
+    """Of all weights under `config`."""
+    # The number was counted from the files' bytes, as if each weight had the model's own width.
     if model.quantised is not None:
-        # The number was counted from the files' bytes, as if each weight had the model's own width.
-        weights = model.weights * BYTES_OF.get(model.dtype, 2)
-    cached = 1 if str(config.get("kv_cache_dtype", "auto")).startswith("fp8") else width
-    cache = model.cache_values_per_token * cached * context
-    return (weights + cache) / int(config.get("tensor_parallel_size", 1)) + OVERHEAD_BYTES
+        return model.weights * BYTES_OF.get(model.dtype, 2)
+    method = config.get("quantization", "none")
+    # Other methods than the one that is tuned can be named by --engine-arg; none leaves less than four bits.
+    return model.weights * (_width(model, config) if method == "none" else 1 if method == "fp8" else 0.5)
+
+
+def cache_bytes(model: Model, config: Mapping[str, Value], tokens: int) -> float:
+    """Of keys and values of so many tokens under `config`."""
+    whole = config.get("kv_cache_dtype", "auto") in ("auto", "bf16", *BYTES_OF)
+    return model.cache_values_per_token * (_width(model, config) if whole else 1) * tokens
+
+
+def _width(model: Model, config: Mapping[str, Value]) -> int:
+    """Bytes of a number. `auto` runs 32-bit models with 16 bits."""
+    dtype = str(config.get("dtype", "auto"))
+    if dtype == "auto":
+        return min(2, BYTES_OF.get(model.dtype, 2))
+    return BYTES_OF.get(dtype, 2)
+
+
+def needed_bytes(model: Model, config: Mapping[str, Value], context: int) -> float:
+    """What one GPU must hold at least: its part of the weights, and of the cache of one request.
+
+    GPUs share a cache by its heads; where they are more than it has heads, some hold the same ones.
+    """
+    gpus = int(config.get("tensor_parallel_size", 1))
+    parts = 1 if model.latent else min(gpus, model.kv_heads)
+    return weight_bytes(model, config) / gpus + cache_bytes(model, config, context) / parts + OVERHEAD_BYTES
+
+
+def divides(model: Model, gpus: int) -> bool:
+    """Whether so many GPUs can share the model's heads.
+
+    Each has as many query heads as the others, and whole key-value heads or the same one as some others
+    (`QKVParallelLinear` of vLLM and SGLang).
+    """
+    shared = model.kv_heads % gpus == 0 or gpus % model.kv_heads == 0
+    return model.heads % gpus == 0 and (model.latent or shared)
+
+
+def heads_rule(model: Model, name: str, given: int) -> Constraint:
+    """That the GPUs of parameter `name`, where it is not tuned `given`, can share the model's heads."""
+    kv = f" and {model.kv_heads} key-value heads" if model.kv_heads != model.heads and not model.latent else ""
+    return Constraint(
+        f"{name} divides the {model.heads} attention heads{kv} of {model.name} into equal whole parts",
+        lambda c: divides(model, int(c.get(name, given))),
+    )
 
 
 def ordinary(model: Model) -> range:
