@@ -259,7 +259,7 @@ def test_gpus_that_an_argument_asks_for_share_the_heads_and_the_memory_too(vllm,
     # 16.1 GB of weights: too much for 60 % of one GPU, and half of it is not.
     for arguments, fits in (
         (("--gpu-memory-utilization=0.6",), False),
-        (("-tp=2 --gpu-memory-utilization=0.6",), True),
+        (("-tp=2", "--gpu-memory-utilization=0.6"), True),
     ):
         space = vllm.space(replace(target, engine_args=arguments))
         assert bool(space.broken(space.default())) is not fits
