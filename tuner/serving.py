@@ -14,7 +14,7 @@ answered others; whatever would fail again for every request ends the pass.
 Glossary
     closed loop   as many requests in flight as the concurrency says; the next one waits for an answer
     open loop     requests leave at moments drawn beforehand, whether or not earlier ones are answered
-    leash         a pipe that the worker alone holds; the engine is killed when it ends
+    leash         a pipe that the worker alone holds; the engine is stopped when it ends
 """
 
 from __future__ import annotations
@@ -50,13 +50,10 @@ from typing import Any
 
 from tuner.quality import TEXT, Passage, drawn, judge, of_text
 from tuner.space import Config, Int, Parameter, Refused, Value
-from tuner.supervise import TIDY_SECONDS, alive
+from tuner.supervise import STOP_SECONDS, TIDY_SECONDS, alive
 from tuner.trial import Target, Work
 
 # --- the process -----------------------------------------------------------------------------
-
-STOP_SECONDS = 10.0
-"""From SIGTERM to SIGKILL."""
 
 POLL_SECONDS = 0.1
 
@@ -199,7 +196,7 @@ def start_server(
     told = os.fstat(output)
     log_start = told.st_size if stat.S_ISREG(told.st_mode) else None
     # Engines leave sockets and caches in their temporary folder when they are killed.
-    scratch = tempfile.mkdtemp(prefix="tune-engine-")
+    scratch = tempfile.mkdtemp(prefix="engine-")
     leash_end, leash = os.pipe()
     status, status_end = os.pipe()
     try:

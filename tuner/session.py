@@ -81,8 +81,12 @@ class Session:
             self.journal.append(end)
             found = None
         except BaseException as leaving:
-            if not isinstance(leaving, Exception):
-                self._interrupted()
+            try:
+                # Before the live view is gone: an engine may take its time, and is seen to.
+                self.known.close()
+            finally:
+                if not isinstance(leaving, Exception):
+                    self._interrupted()
             raise
         finally:
             self.known.close()

@@ -1,10 +1,10 @@
 """The parent of an engine that runs as a process of its own: it ends with whoever started it, and leaves nothing.
 
 Run as `python -I supervise.py LEASH STATUS WORD...`. It leads a process group, runs WORD... inside it, and reads
-LEASH, a pipe whose other end the worker alone holds. At end of file the worker is gone, however it died, and the
-whole group is killed. When the engine ends first, how it ended is written to STATUS (`exit 3`, `signal 9`, or
-`failed 2`, an errno, where it could not be started); what is left of the group has a moment to tidy up and is killed.
-The folder that TUNE_SCRATCH names, the engine's temporary files, goes last.
+LEASH, a pipe whose other end the worker alone holds. At end of file the worker is gone, however it died: the group is
+asked to end. When the engine ends, how it ended is written to STATUS (`exit 3`, `signal 9`, or `failed 2`, an errno,
+where it could not be started); what is left of the group has a moment to tidy up and is killed. The folder that
+TUNE_SCRATCH names, the engine's temporary files, goes last.
 
 It is a program of its own because the worker may be dead, hung or busy by then, and it imports nothing but what it
 needs because it lives as long as the engine. Signals meant for the group pass it by: it must outlive them to say
@@ -22,13 +22,15 @@ import time
 
 PASSED_BY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
+STOP_SECONDS = 10.0
+"""From asking an engine to end (SIGTERM) to killing it."""
 
 TIDY_SECONDS = 2.0
 """For what an engine leaves running: Python's resource tracker takes shared memory away once its parent is gone."""
 
 
 def supervise(leash: int, status: int, words: list[str]) -> None:
-    """Run `words` until they end or the leash does."""
+    """Run `words` until they end, or the leash does and they are stopped."""
     for descriptor in (leash, status):
         os.set_inheritable(descriptor, False)
     for number in PASSED_BY:
@@ -45,11 +47,15 @@ def supervise(leash: int, status: int, words: list[str]) -> None:
     except OSError as error:
         say(status, f"failed {error.errno}")
         return
+    watched, left_seconds = [leash, woken], None
     while True:
-        ready, _, _ = select.select([leash, woken], [], [])
-        if leash in ready and not os.read(leash, 1):
+        ready, _, _ = select.select(watched, [], [], left_seconds)
+        if not ready:
             os.kill(engine, signal.SIGKILL)
             return
+        if leash in ready and not os.read(leash, 1):
+            watched, left_seconds = [woken], STOP_SECONDS
+            ask_to_end(engine)
         if woken in ready:
             os.read(woken, 512)
             pid, ended = os.waitpid(engine, os.WNOHANG)
@@ -60,6 +66,15 @@ def supervise(leash: int, status: int, words: list[str]) -> None:
                 while alive(os.getpgrp(), but=os.getpid()) and time.monotonic() < give_up:
                     time.sleep(0.02)
                 return
+
+
+def ask_to_end(engine: int) -> None:
+    """SIGTERM for the engine and all that it started, as far as a group of their own tells them apart."""
+    with contextlib.suppress(ProcessLookupError):
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGTERM)
+        else:
+            os.kill(engine, signal.SIGTERM)
 
 
 def alive(group: int, but: int = 0) -> bool:
