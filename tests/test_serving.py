@@ -163,11 +163,11 @@ def test_what_an_ended_engine_left_running_is_killed_with_its_group(log, tmp_pat
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_engine_dies_with_its_worker_however_the_worker_dies(tmp_path, number):
-    note = tmp_path / "pids"
+def test_the_engine_ends_in_order_with_its_worker_however_the_worker_dies(tmp_path, number):
+    note, tidied = tmp_path / "pids", tmp_path / "tidied"
     engine = (
-        "import os, subprocess, signal, time\n"
-        "signal.signal(15, 1)\n"
+        "import os, subprocess, signal, sys, time\n"
+        f"signal.signal(15, lambda *_: (open({str(tidied)!r}, 'w').close(), sys.exit()))\n"
         "child = subprocess.Popen(['sleep', '60'])\n"
         f"open({str(note)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}} ' + os.environ['TMPDIR'])\n"
         "time.sleep(60)"
@@ -186,6 +186,7 @@ def test_the_engine_dies_with_its_worker_however_the_worker_dies(tmp_path, numbe
     worker.stdout.close()
     assert until(lambda: not any(alive(pid) for pid in [supervisor, *map(int, note.read_text().split()[:2])]))
     assert not Path(note.read_text().split()[2]).exists()
+    assert tidied.exists()
 
 
 def test_what_an_engine_leaves_has_a_moment_to_tidy_up(log, tmp_path):
@@ -264,10 +265,18 @@ def test_the_supervisor_tells_how_the_engine_ended(pipes, words, told):
     assert os.read(status, 64) == told
 
 
-def test_the_supervisor_kills_the_engine_when_its_leash_ends(pipes):
-    leash_end, leash, _, status_end = pipes
+def test_the_supervisor_asks_the_engine_to_end_when_its_leash_ends(pipes):
+    leash_end, leash, status, status_end = pipes
     os.close(leash)
     supervise.supervise(leash_end, status_end, [sys.executable, "-c", "import time; time.sleep(60)"])
+    assert os.read(status, 64) == b"signal 15"
+
+
+def test_the_supervisor_kills_an_engine_that_does_not_end_when_asked(pipes, monkeypatch):
+    monkeypatch.setattr(supervise, "STOP_SECONDS", 0.2)
+    leash_end, leash, _, status_end = pipes
+    os.close(leash)
+    supervise.supervise(leash_end, status_end, ["env", "--ignore-signal=TERM", "sleep", "60"])
     ((_, ended),) = [os.waitpid(-1, 0)]
     assert os.waitstatus_to_exitcode(ended) == -signal.SIGKILL
 
