@@ -782,7 +782,7 @@ ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 folder = Path(sys.argv[2])
 run = launcher(folder, target=Target(prompts=2, output_tokens=3, model=str(folder / "held")))
 assert run(0, proposal(sys.argv[3])).error is None
-print([" ".join(child.cmdline()) or child.status() for child in psutil.Process().children()])
+print([child.status() for child in psutil.Process().children()])
 """
 
 

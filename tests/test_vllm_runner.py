@@ -18,17 +18,20 @@ import psutil
 import pytest
 from contracts.runner_contract import RunnerContract
 
+from tuner.evaluate import Launcher
 from tuner.installed import Program
+from tuner.journal import Plan
 from tuner.models import hugging_face
 from tuner.quality import TEXT
 from tuner.space import Refused
-from tuner.trial import Judged, Target
+from tuner.trial import Judged, Proposal, Target
 
 RUNNER = Path(__file__).parents[1] / "runners" / "vllm.py"
 FAKES = Path(__file__).parent / "fakes"
 LOAD = Target(prompts=4, prompt_tokens=16, output_tokens=4)
 LOSSY = replace(LOAD, allow_lossy=True)
 REAL = os.environ.get("TUNE_VLLM")
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux has it
 
 
 @pytest.fixture(scope="session")
@@ -694,6 +697,33 @@ def test_vllm_itself_runs_the_load_and_reads_back_what_it_was_told(vllm, log):
     assert {name: effective[name] for name in changes} == changes
     assert [(w.units, w.prompt_tokens, w.failed_requests) for w in works] == [(32, 128, 0)] * 2
     assert all(len(w.itl_seconds) == 4 * 7 for w in works)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(REAL is None, reason="TUNE_VLLM names no vLLM: the runner was tested against a stand-in only")
+def test_vllm_itself_leaves_neither_shared_memory_nor_files_when_it_was_held(vllm, tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    target = Target(prompts=2, prompt_tokens=32, output_tokens=8)
+    config = vllm.space(target).complete({"compilation": "eager"})
+    before = set(SHARED_MEMORY.iterdir())
+    launcher = Launcher(
+        folder=tmp_path,
+        runner=RUNNER,
+        target=target,
+        meters=("estimate",),
+        meter_options={},
+        plan=Plan(windows=1, window_seconds=0.1, timeout_seconds=600, most_others=1.0),
+        changeable=frozenset({"concurrency"}),
+    )
+    try:
+        assert launcher(0, Proposal(config=config, source="rules")).error is None
+        held = set(SHARED_MEMORY.iterdir()) - before
+        assert any(path.name.startswith("psm_") for path in held)
+    finally:
+        launcher.known.close()
+    assert not [path for path in held if path.name.startswith("psm_") and path.exists()]
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def trained_folder(vllm, folder):

@@ -52,7 +52,6 @@ from tuner.trial import (
     WarmUp,
 )
 
-
 LEAVE_SECONDS = 20.0
 """How long a worker may take to stop its engine: more than `Server.stop` in tuner/serving.py does."""
 
