@@ -8,6 +8,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -189,7 +190,8 @@ def test_the_engine_ends_in_order_with_its_worker_however_the_worker_dies(tmp_pa
     assert tidied.exists()
 
 
-def test_what_an_engine_leaves_has_a_moment_to_tidy_up(log, tmp_path):
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_what_an_engine_leaves_has_a_moment_to_tidy_up(log, tmp_path, stubborn):
     note = tmp_path / "tidied"
     # As Python's resource tracker does: ignore SIGTERM, and take shared memory away when the parent is gone.
     tidier = (
@@ -197,14 +199,36 @@ def test_what_an_engine_leaves_has_a_moment_to_tidy_up(log, tmp_path):
         f"time.sleep(0.2)\nopen({str(note)!r}, 'w').close()"
     )
     code = (
-        "import subprocess, sys, time\n"
+        "import signal, subprocess, sys, time\n"
+        f"signal.signal(15, {int(stubborn)})\n"
         f"p = subprocess.Popen([sys.executable, '-c', {tidier!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
         "p.stdout.readline()\nprint('up', flush=True)\ntime.sleep(60)"
     )
     server = python(code)
     assert until(lambda: server.log() == "up\n")
-    server.stop()
+    server.stop(grace_seconds=0.2)
     assert note.exists()
+
+
+def test_a_pass_that_is_left_breaks_its_connections_off(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = Client(
+            Endpoint.parse(f"http://127.0.0.1:{silent.getsockname()[1]}"), replace(LOAD, timeout_seconds=60)
+        )
+        connections = []
+
+        def interrupt():
+            connections.extend(silent.accept()[0] for _ in range(LOAD.concurrency))
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            client.run_pass()
+        for connection in connections:
+            with connection:
+                connection.settimeout(5)
+                while connection.recv(1 << 16):
+                    pass
 
 
 def test_an_engine_whose_supervisor_is_killed_is_still_stopped(log, tmp_path):
@@ -274,11 +298,17 @@ def test_the_supervisor_asks_the_engine_to_end_when_its_leash_ends(pipes):
 
 def test_the_supervisor_kills_an_engine_that_does_not_end_when_asked(pipes, monkeypatch):
     monkeypatch.setattr(supervise, "STOP_SECONDS", 0.2)
-    leash_end, leash, _, status_end = pipes
+    leash_end, leash, status, status_end = pipes
     os.close(leash)
     supervise.supervise(leash_end, status_end, ["env", "--ignore-signal=TERM", "sleep", "60"])
-    ((_, ended),) = [os.waitpid(-1, 0)]
-    assert os.waitstatus_to_exitcode(ended) == -signal.SIGKILL
+    assert os.read(status, 64) == b"signal 9"
+
+
+def test_the_supervisor_kills_the_engine_at_once_when_told_to(pipes):
+    leash_end, leash, status, status_end = pipes
+    os.write(leash, b"k")
+    supervise.supervise(leash_end, status_end, ["sleep", "60"])
+    assert os.read(status, 64) == b"signal 9"
 
 
 def test_the_supervisor_says_to_nobody_without_failing():

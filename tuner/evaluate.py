@@ -302,8 +302,9 @@ class Launcher:
         """A worker on its first job."""
         used_memory = self._gpu_memory()
         scratch = tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True)
-        # Whatever an engine leaves among its temporary files goes with them, however it ends.
-        temporary = Path(scratch.name) / "tmp"
+        # Whatever an engine leaves among its temporary files goes with them, however it ends. The name is short because
+        # sockets lie there, and the path of one has 107 characters at most.
+        temporary = Path(scratch.name) / "t"
         ours: list[int] = []
         theirs: list[int] = []
         try:
