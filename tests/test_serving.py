@@ -296,11 +296,17 @@ def test_the_supervisor_asks_the_engine_to_end_when_its_leash_ends(pipes):
     assert os.read(status, 64) == b"signal 15"
 
 
-def test_the_supervisor_kills_an_engine_that_does_not_end_when_asked(pipes, monkeypatch):
+def test_the_supervisor_kills_an_engine_that_does_not_end_when_asked(pipes, monkeypatch, tmp_path):
     monkeypatch.setattr(supervise, "STOP_SECONDS", 0.2)
     leash_end, leash, status, status_end = pipes
-    os.close(leash)
-    supervise.supervise(leash_end, status_end, ["env", "--ignore-signal=TERM", "sleep", "60"])
+    deaf = tmp_path / "deaf"
+
+    def close():
+        until(deaf.exists)
+        os.close(leash)
+
+    threading.Thread(target=close).start()
+    supervise.supervise(leash_end, status_end, ["sh", "-c", f"trap '' TERM; touch {deaf}; exec sleep 60"])
     assert os.read(status, 64) == b"signal 9"
 
 
