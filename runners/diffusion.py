@@ -45,7 +45,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tuner.installed import library, memory_bytes
+from tuner.installed import library, memory_bytes, passing_files
 from tuner.models.images import Shapes, Transformer, Unet, Vae
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, closest, excerpt, show
 from tuner.trial import Service, Target, Unit, Work, refuse_unused
@@ -447,7 +447,9 @@ print(json.dumps({"threads": torch.get_num_threads(), "gpu": gpu}))
 def _machine() -> _Machine:
     """Ask torch in a child process: there, a GPU context ends with it and a crash is a sentence."""
     _versions()
-    child = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=300, check=False)
+    words = [sys.executable, "-c", _PROBE]
+    with passing_files() as environment:
+        child = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300, check=False)
     try:
         said = json.loads(child.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):

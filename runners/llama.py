@@ -461,8 +461,15 @@ class LlamaServer:
         Raises:
             RuntimeError: the engine refused a request, or did other work than was asked for.
         """
-        with ThreadPoolExecutor(max_workers=len(self._requests)) as clients:
+        clients, wait = ThreadPoolExecutor(max_workers=len(self._requests)), True
+        try:
             answers = list(clients.map(self._complete, self._requests))
+        except BaseException as leaving:
+            # Who is told to leave in the middle of a pass does not wait for its end.
+            wait = isinstance(leaving, Exception)
+            raise
+        finally:
+            clients.shutdown(wait=wait, cancel_futures=not wait)
         timings = [timing for timing, _ in answers]
         return Work(
             units=sum(t["predicted_n"] for t in timings),

@@ -43,7 +43,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tuner.installed import library, memory_bytes
+from tuner.installed import library, memory_bytes, passing_files
 from tuner.models import hugging_face
 from tuner.quality import TEXT, TOKENS, Passage, drawn, judge, of_text
 from tuner.space import Choice, Config, Constraint, Effect, Int, Parameter, Refused, SearchSpace, Value, excerpt
@@ -359,7 +359,9 @@ print(json.dumps(said))
 def _machine() -> _Machine:
     """Ask torch in a child process: a GPU context ends with it, and a crash is a sentence."""
     _version("torch")
-    child = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=300, check=False)
+    words = [sys.executable, "-c", _PROBE]
+    with passing_files() as environment:
+        child = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300, check=False)
     try:
         said = json.loads(child.stdout.strip().splitlines()[-1]) if child.returncode == 0 else {}
         threads, cuda = int(said["threads"]), bool(said["cuda"])

@@ -28,7 +28,8 @@ MARK = "TUNE_END_TO_END"
 """A variable that everything below a run inherits, by which what it left behind is found."""
 
 BENCH = """
-import hashlib, json, sys
+import hashlib, json, sys, tempfile
+tempfile.mkstemp()
 for _ in range(int(sys.argv[1])):
     hashlib.sha256(bytes(1_000_000))
 print(json.dumps({"tokens": 64}))
@@ -156,7 +157,9 @@ def tuned(name, folder):
         "PYTHONPATH": str(ROOT),
         "XDG_CACHE_HOME": str(folder / "cache"),
         "TUNE_STATE": str(folder / "state"),
+        "TMPDIR": str(folder / "tmp"),
     }
+    (folder / "tmp").mkdir()
     environment[MARK] = mark
     options = ["--batch", "--proposer", "rules", "--trials", "2", "--fast", "--windows", "2", "--window", "0.2s"]
     options += ["--warm-up", "0.1s..0.5s", "--most-others", "1", "--meter", "estimate", "--name", "s"]
@@ -170,6 +173,7 @@ def tuned(name, folder):
         for verb, more in (("report", []), ("apply", ["--unconfirmed"])):
             then = tune(folder, environment, verb, "results/s", *more)
             said[verb] = {"code": then.returncode, "out": then.stdout, "err": then.stderr}
+    said["files"] = sorted(path.name for path in (folder / "tmp").iterdir())
     (folder / "said.json").write_text(json.dumps(said))
 
 
@@ -238,6 +242,10 @@ def test_loading_is_told_apart_unless_each_pass_starts_the_engine(run):
 
 def test_nothing_is_left_running(run):
     assert run.said["left"] == []
+
+
+def test_no_temporary_file_is_left(run):
+    assert run.said["files"] == []
 
 
 def test_the_journal_and_everything_that_is_said_use_the_engines_unit(run):

@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -301,11 +302,14 @@ def test_ending_a_group_that_ignores_sigterm_kills_it():
     assert not has_exited(stubborn)
     import tuner.evaluate as module
 
+    phases, silent = os.pipe()
     patience, module.GRACE_SECONDS = module.GRACE_SECONDS, 0.2
     try:
-        assert end_group(stubborn) == -9
+        assert end_group(stubborn, phases) == -9
     finally:
         module.GRACE_SECONDS = patience
+        os.close(phases)
+        os.close(silent)
 
 
 def test_two_trials_at_once_do_not_disturb_each_other(tmp_path):
@@ -643,6 +647,172 @@ def test_the_meter_that_is_watched_is_still_that_meter():
         assert isinstance(meter, Meter)
         assert (meter.name, meter.domains(), meter.wraps) == ("script", ("cpu0",), {"cpu0": 2})
         meter.close()
+
+
+# --- what an engine leaves ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def serving(tmp_path, monkeypatch):
+    """A launcher of engines with a file that only their own end takes away, and a check that nothing is left."""
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    target = Target(prompts=2, output_tokens=3, model=str(tmp_path / "held"))
+    run = launcher(tmp_path, target=target, changeable=frozenset({"batch"}))
+    yield run
+    run.known.close()
+
+
+def left(folder):
+    """What is there of an engine's resource and of the temporary files."""
+    return [path.name for path in (folder / "held", *(folder / "scratch").rglob("*")) if path.exists()]
+
+
+def nothing_left(folder, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while left(folder) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not left(folder)
+
+
+def test_a_held_engine_ends_in_order_when_it_is_given_back(serving, tmp_path):
+    assert serving(0, proposal("served")).error is None
+    assert "held" in left(tmp_path)
+    serving.known.close()
+    assert left(tmp_path) == []
+
+
+def test_a_held_engine_ends_in_order_before_another_one_is_launched(serving, tmp_path):
+    assert serving(0, proposal("served")).error is None
+    assert serving(1, proposal()).error is None
+    assert not (tmp_path / "held").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "error"),
+    [("served-raise", "on fire"), ("served-hang", "took longer than"), ("served-segv", "SIGSEGV")],
+)
+def test_an_engine_ends_in_order_after_a_failed_trial(serving, tmp_path, mode, error):
+    run = replace(serving, plan=replace(QUICK, timeout_seconds=3))
+    assert error in run(0, proposal(mode)).error
+    assert nothing_left(tmp_path)
+
+
+def workers():
+    return [c for c in psutil.Process().children() if "tuner.worker" in c.cmdline()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_engine_ends_in_order_when_its_worker_is_sent_a_signal(serving, tmp_path, number):
+    def send(_number, phase):
+        if "measuring" in phase:
+            for worker in workers():
+                worker.send_signal(number)
+
+    run = replace(serving, report=send)
+    assert f"the engine was killed by {signal.Signals(number).name}" in run(0, proposal("served-hang")).error
+    assert nothing_left(tmp_path)
+
+
+def test_ctrl_c_waits_for_the_engine_to_end_in_order(serving, tmp_path):
+    def interrupt(_number, phase):
+        if "measuring" in phase:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replace(serving, report=interrupt)(0, proposal("served-hang"))
+    assert left(tmp_path) == []
+
+
+def test_a_worker_that_hears_nothing_is_killed_and_its_engine_still_ends_in_order(serving, tmp_path, monkeypatch):
+    monkeypatch.setattr("tuner.evaluate.GRACE_SECONDS", 0.2)
+    run = replace(serving, plan=replace(QUICK, timeout_seconds=3))
+    started = time.monotonic()
+    assert "took longer than" in run(0, proposal("served-deaf")).error
+    assert time.monotonic() - started < 10
+    assert nothing_left(tmp_path)
+
+
+def test_who_waits_for_an_engine_to_end_is_told_so(serving, monkeypatch):
+    monkeypatch.setattr("tuner.evaluate.SILENT_SECONDS", 0.0)
+    told = []
+    replace(serving, report=lambda _, phase: told.append(phase))(0, proposal("served"))
+    serving.known.close()
+    assert told[-1] == "stopping the engine"
+
+
+def test_a_second_ctrl_c_does_not_wait(serving, tmp_path, monkeypatch):
+    monkeypatch.setattr("tuner.evaluate.SILENT_SECONDS", 0.0)
+    seen = []
+
+    def interrupt(_number, phase):
+        if phase == "stopping the engine" or "measuring" in phase:
+            seen.append((phase, time.monotonic(), workers()))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replace(serving, report=interrupt)(0, proposal("served-deaf"))
+    (_, _, running), (phase, asked, _) = seen
+    assert phase == "stopping the engine"
+    assert time.monotonic() - asked < 2
+    assert running
+    assert not any(alive(p.pid) for p in running)
+    assert nothing_left(tmp_path)
+
+
+KILLED = """
+import sys, time; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_evaluate import Target, launcher, proposal
+folder, mode = Path(sys.argv[2]), sys.argv[3]
+run = launcher(
+    folder,
+    target=Target(prompts=2, output_tokens=3, model=str(folder / "held")),
+    changeable=frozenset({"batch"}),
+    report=lambda _, phase: print(phase, flush=True) if "measuring" in phase else None,
+)
+run(0, proposal(mode))
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("mode", ["served", "served-hang"], ids=["held", "at work"])
+def test_an_engine_ends_in_order_and_its_files_go_when_the_tuner_is_killed(tmp_path, mode):
+    (tmp_path / "scratch").mkdir()
+    tuner = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), mode],
+        env={**os.environ, "TMPDIR": str(tmp_path / "scratch")},
+        stdout=subprocess.PIPE,
+    )
+    assert tuner.stdout.readline().startswith(b"measuring")
+    deadline = time.monotonic() + 10
+    while mode == "served" and not list(tmp_path.glob("scratch/*/result-0.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert "held" in left(tmp_path)
+    tuner.kill()
+    tuner.wait()
+    tuner.stdout.close()
+    assert nothing_left(tmp_path)
+
+
+ORPHANS = """
+import ctypes, sys; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import psutil
+from test_evaluate import Target, launcher, proposal
+# What nobody waits for becomes this process's child instead of the first one's (PR_SET_CHILD_SUBREAPER, prctl(2)).
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+folder = Path(sys.argv[2])
+run = launcher(folder, target=Target(prompts=2, output_tokens=3, model=str(folder / "held")))
+assert run(0, proposal(sys.argv[3])).error is None
+print([child.status() for child in psutil.Process().children()])
+"""
+
+
+@pytest.mark.parametrize("mode", ["ok", "served"])
+def test_a_trial_leaves_no_zombie(tmp_path, mode):
+    words = [sys.executable, "-c", ORPHANS, str(Path(__file__).parent), str(tmp_path), mode]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 # --- an engine that is held between trials ---------------------------------------------------

@@ -57,6 +57,14 @@ def on_path(tmp_path, monkeypatch):
     )
 
 
+def test_a_program_that_is_asked_leaves_no_temporary_file(on_path, tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    asked = script(tmp_path / "asked", "import tempfile\nprint(tempfile.mkdtemp())")
+    assert PROGRAM.run([str(asked)]).startswith(str(tmp_path / "tmp"))
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
 def test_an_executable_on_the_path_is_found(on_path):
     assert PROGRAM.path() == str(on_path)
 

@@ -165,11 +165,11 @@ def test_what_an_ended_engine_left_running_is_killed_with_its_group(log, tmp_pat
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_engine_dies_with_its_worker_however_the_worker_dies(tmp_path, number):
-    note = tmp_path / "pids"
+def test_the_engine_ends_in_order_with_its_worker_however_the_worker_dies(tmp_path, number):
+    note, tidied = tmp_path / "pids", tmp_path / "tidied"
     engine = (
-        "import os, subprocess, signal, time\n"
-        "signal.signal(15, 1)\n"
+        "import os, subprocess, signal, sys, time\n"
+        f"signal.signal(15, lambda *_: (open({str(tidied)!r}, 'w').close(), sys.exit()))\n"
         "child = subprocess.Popen(['sleep', '60'])\n"
         f"open({str(note)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}} ' + os.environ['TMPDIR'])\n"
         "time.sleep(60)"
@@ -188,9 +188,11 @@ def test_the_engine_dies_with_its_worker_however_the_worker_dies(tmp_path, numbe
     worker.stdout.close()
     assert until(lambda: not any(alive(pid) for pid in [supervisor, *map(int, note.read_text().split()[:2])]))
     assert not Path(note.read_text().split()[2]).exists()
+    assert tidied.exists()
 
 
-def test_what_an_engine_leaves_has_a_moment_to_tidy_up(log, tmp_path):
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_what_an_engine_leaves_has_a_moment_to_tidy_up(log, tmp_path, stubborn):
     note = tmp_path / "tidied"
     # As Python's resource tracker does: ignore SIGTERM, and take shared memory away when the parent is gone.
     tidier = (
@@ -198,14 +200,36 @@ def test_what_an_engine_leaves_has_a_moment_to_tidy_up(log, tmp_path):
         f"time.sleep(0.2)\nopen({str(note)!r}, 'w').close()"
     )
     code = (
-        "import subprocess, sys, time\n"
+        "import signal, subprocess, sys, time\n"
+        f"signal.signal(15, {int(stubborn)})\n"
         f"p = subprocess.Popen([sys.executable, '-c', {tidier!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
         "p.stdout.readline()\nprint('up', flush=True)\ntime.sleep(60)"
     )
     server = python(code)
     assert until(lambda: server.log() == "up\n")
-    server.stop()
+    server.stop(grace_seconds=0.2)
     assert note.exists()
+
+
+def test_a_pass_that_is_left_breaks_its_connections_off(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = Client(
+            Endpoint.parse(f"http://127.0.0.1:{silent.getsockname()[1]}"), replace(LOAD, timeout_seconds=60)
+        )
+        connections = []
+
+        def interrupt():
+            connections.extend(silent.accept()[0] for _ in range(LOAD.concurrency))
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            client.run_pass()
+        for connection in connections:
+            with connection:
+                connection.settimeout(5)
+                while connection.recv(1 << 16):
+                    pass
 
 
 def test_an_engine_whose_supervisor_is_killed_is_still_stopped(log, tmp_path):
@@ -266,12 +290,32 @@ def test_the_supervisor_tells_how_the_engine_ended(pipes, words, told):
     assert os.read(status, 64) == told
 
 
-def test_the_supervisor_kills_the_engine_when_its_leash_ends(pipes):
-    leash_end, leash, _, status_end = pipes
+def test_the_supervisor_asks_the_engine_to_end_when_its_leash_ends(pipes):
+    leash_end, leash, status, status_end = pipes
     os.close(leash)
     supervise.supervise(leash_end, status_end, [sys.executable, "-c", "import time; time.sleep(60)"])
-    ((_, ended),) = [os.waitpid(-1, 0)]
-    assert os.waitstatus_to_exitcode(ended) == -signal.SIGKILL
+    assert os.read(status, 64) == b"signal 15"
+
+
+def test_the_supervisor_kills_an_engine_that_does_not_end_when_asked(pipes, monkeypatch, tmp_path):
+    monkeypatch.setattr(supervise, "STOP_SECONDS", 0.2)
+    leash_end, leash, status, status_end = pipes
+    deaf = tmp_path / "deaf"
+
+    def close():
+        until(deaf.exists)
+        os.close(leash)
+
+    threading.Thread(target=close).start()
+    supervise.supervise(leash_end, status_end, ["sh", "-c", f"trap '' TERM; touch {deaf}; exec sleep 60"])
+    assert os.read(status, 64) == b"signal 9"
+
+
+def test_the_supervisor_kills_the_engine_at_once_when_told_to(pipes):
+    leash_end, leash, status, status_end = pipes
+    os.write(leash, b"k")
+    supervise.supervise(leash_end, status_end, ["sleep", "60"])
+    assert os.read(status, 64) == b"signal 9"
 
 
 def test_the_supervisor_says_to_nobody_without_failing():

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,18 +21,21 @@ from contracts.runner_contract import RunnerContract
 from printed import noted, typed_at_a_shell
 
 from tuner.apply import FORMS, NEEDS, Launch, render
+from tuner.evaluate import Launcher
 from tuner.installed import Program
+from tuner.journal import Plan
 from tuner.models import hugging_face
 from tuner.quality import TEXT
 from tuner.serving import free_port
 from tuner.space import Refused
-from tuner.trial import Judged, Target
+from tuner.trial import Judged, Proposal, Target
 
 RUNNER = Path(__file__).parents[1] / "runners" / "vllm.py"
 FAKES = Path(__file__).parent / "fakes"
 LOAD = Target(prompts=4, prompt_tokens=16, output_tokens=4)
 LOSSY = replace(LOAD, allow_lossy=True)
 REAL = os.environ.get("TUNE_VLLM")
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux has it
 
 
 @pytest.fixture(scope="session")
@@ -884,6 +888,34 @@ def test_the_printed_command_starts_vllm_itself_as_it_was_measured(vllm, log, tm
     assert tuned.items() <= said.items() <= effective.items()
     assert 32 < model["max_model_len"] < 1_000_000
     assert answer["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(REAL is None, reason="TUNE_VLLM names no vLLM: the runner was tested against a stand-in only")
+def test_vllm_itself_leaves_neither_shared_memory_nor_files_when_it_was_held(vllm, tmp_path, monkeypatch):
+    # Not below `tmp_path`: that is too long for a socket's path.
+    scratch = Path(tempfile.mkdtemp())
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    target = Target(prompts=2, prompt_tokens=32, output_tokens=8)
+    config = vllm.space(target).complete({"compilation": "eager"})
+    before = set(SHARED_MEMORY.iterdir())
+    launcher = Launcher(
+        folder=tmp_path,
+        runner=RUNNER,
+        target=target,
+        meters=("estimate",),
+        meter_options={},
+        plan=Plan(windows=1, window_seconds=0.1, timeout_seconds=600, most_others=1.0),
+        changeable=frozenset({"concurrency"}),
+    )
+    try:
+        assert launcher(0, Proposal(config=config, source="rules")).error is None
+        held = set(SHARED_MEMORY.iterdir()) - before
+        assert any(path.name.startswith("psm_") for path in held)
+    finally:
+        launcher.known.close()
+    assert not [path for path in held if path.name.startswith("psm_") and path.exists()]
+    scratch.rmdir()
 
 
 def trained_folder(vllm, folder):

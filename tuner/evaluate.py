@@ -34,13 +34,16 @@ from tuner.summary import grouped
 from tuner.supervise import out_of_memory_kills
 from tuner.telemetry import WATCHES_GPUS, Sampler
 from tuner.trial import Proposal, Target, Trial
-from tuner.worker import Job, Result
+from tuner.worker import LEAVE_SECONDS, STOPPING, Job, Result
 
 STARTING = "starting"
 """The phase of a worker that has told none yet."""
 
 GRACE_SECONDS = 5.0
-"""Between asking a worker's group to end and killing it."""
+"""Between asking a worker's group to end and killing it, where it does not say that it is stopping its engine."""
+
+SILENT_SECONDS = 1.0
+"""How long an engine may take to stop without a word about it."""
 
 TICK_SECONDS = 0.25
 """How often the live view may redraw. The parent runs beside the measurement: it must sleep."""
@@ -305,10 +308,14 @@ class Launcher:
     def _start(self, number: int, config: Config, log: Path, reference: Path | None) -> Held:
         """A worker on its first job."""
         used_memory = self._gpu_memory()
-        scratch = tempfile.TemporaryDirectory(prefix="tune-")
+        scratch = tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True)
+        # Whatever an engine leaves among its temporary files goes with them, however it ends. The name is short because
+        # sockets lie there, and the path of one has 107 characters at most.
+        temporary = Path(scratch.name) / "t"
         ours: list[int] = []
         theirs: list[int] = []
         try:
+            temporary.mkdir()
             for _ in range(2):
                 end, other = os.pipe()
                 ours.append(end)
@@ -321,7 +328,8 @@ class Launcher:
             with log.open("wb") as output:
                 # -P: a folder named `tuner` where the person stands must not become the worker.
                 worker = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "tuner.worker", str(job)],
+                    [sys.executable, "-P", "-m", "tuner.worker", str(job), scratch.name],
+                    env={**os.environ, "TMPDIR": str(temporary)},
                     stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -360,9 +368,16 @@ class Launcher:
 
     def end(self, held: Held) -> int:
         """End a worker and its engine, and wait until its GPU memory is back. Returns the worker's exit status."""
+        # One that has left its result waits for a job, and stops its engine when none can come any more.
+        leaving = self._result_path(held, held.number).is_file()
         try:
             os.close(held.jobs)
-            return end_group(held.worker)
+            return end_group(
+                held.worker,
+                held.phases,
+                leaving=leaving,
+                waiting=lambda: self.report(held.number, "stopping the engine"),
+            )
         finally:
             os.close(held.phases)
             held.scratch.cleanup()
@@ -447,17 +462,42 @@ def has_exited(worker: subprocess.Popen[bytes]) -> bool:
     return os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def end_group(worker: subprocess.Popen[bytes]) -> int:
-    """End what is left of the worker's process group and return the worker's exit status.
+def end_group(
+    worker: subprocess.Popen[bytes],
+    phases: int,
+    *,
+    leaving: bool = False,
+    waiting: Callable[[], None] = lambda: None,
+) -> int:
+    """Let the worker stop its engine, end what is left of its process group, and return the worker's exit status.
+
+    Args:
+        worker: leads the group.
+        phases: the end of the pipe that it tells its phases through.
+        leaving: whether it is about to end by itself, and is asked to only when it does not.
+        waiting: called again and again once it takes longer.
 
     A second Ctrl-C while waiting does not leave the group behind.
     """
+    started, told = time.monotonic(), ""
+    os.set_blocking(phases, False)
+
+    def exits_within(seconds: float) -> bool:
+        give_up = time.monotonic() + seconds
+        while not (gone := has_exited(worker)) and time.monotonic() < give_up:
+            if time.monotonic() > started + SILENT_SECONDS:
+                waiting()
+            time.sleep(0.02)
+        return gone
+
     try:
-        if not has_exited(worker):
+        if not (leaving and exits_within(LEAVE_SECONDS)) and not has_exited(worker):
             _signal_group(worker, signal.SIGTERM)
-            give_up = time.monotonic() + GRACE_SECONDS
-            while not has_exited(worker) and time.monotonic() < give_up:
-                time.sleep(0.02)
+            if not exits_within(GRACE_SECONDS):
+                with contextlib.suppress(BlockingIOError):
+                    told = os.read(phases, 1 << 16).decode(errors="replace")
+                if STOPPING in told.splitlines():
+                    exits_within(LEAVE_SECONDS - GRACE_SECONDS)
     finally:
         _signal_group(worker, signal.SIGKILL)
         if worker.stdin:

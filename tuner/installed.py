@@ -17,8 +17,9 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,18 +89,19 @@ class Program:
         """
         shown = f"{shlex.join(words)}: {self.title} does not run here"
         try:
-            done = subprocess.run(
-                words,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT if with_errors else subprocess.PIPE,
-                stdin=subprocess.DEVNULL,
-                text=True,
-                errors="replace",
-                # Help is wrapped to the terminal's width; with a fixed one it reads the same everywhere.
-                env={**os.environ, **self.environment, "COLUMNS": "80"},
-                timeout=self.ask_seconds,
-                check=False,
-            )
+            with passing_files() as environment:
+                done = subprocess.run(
+                    words,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT if with_errors else subprocess.PIPE,
+                    stdin=subprocess.DEVNULL,
+                    text=True,
+                    errors="replace",
+                    # Help is wrapped to the terminal's width; with a fixed one it reads the same everywhere.
+                    env={**environment, **self.environment, "COLUMNS": "80"},
+                    timeout=self.ask_seconds,
+                    check=False,
+                )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Refused(f"{shown} ({cut(str(error), 120)}); {self.install}") from error
         if done.returncode != 0 and not may_fail:
@@ -135,6 +137,16 @@ class Program:
                 return text
         tried = shlex.join([*words, *asks[0]])
         raise Refused(f"{tried}: expected {self.title}, but its help lists no {marker}; {self.install}")
+
+
+@contextmanager
+def passing_files() -> Iterator[dict[str, str]]:
+    """Variables for a program that is only asked something: this process's, and a temporary folder that goes with it.
+
+    Importing torch is enough for a folder to be left there.
+    """
+    with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as folder:
+        yield {**os.environ, "TMPDIR": folder}
 
 
 def packaged(program: str, *packages: str, also: Sequence[Path] = ()) -> tuple[str, str] | None:

@@ -15,7 +15,7 @@ again for every request ends the pass.
 Glossary
     closed loop   as many requests in flight as the concurrency says; the next one waits for an answer
     open loop     requests leave at moments drawn beforehand, whether or not earlier ones are answered
-    leash         a pipe that the worker alone holds; the engine is killed when it ends
+    leash         a pipe that the worker alone holds; the engine is stopped when it ends
 """
 
 from __future__ import annotations
@@ -53,13 +53,10 @@ from typing import Any
 
 from tuner.quality import TEXT, Passage, drawn, judge, of_text
 from tuner.space import Config, Int, Parameter, Refused, Value
-from tuner.supervise import TIDY_SECONDS, alive, out_of_memory_kills
+from tuner.supervise import KILL_SECONDS, STOP_SECONDS, TIDY_SECONDS, alive, out_of_memory_kills
 from tuner.trial import TRIAL_SECONDS, EngineError, Target, Work
 
 # --- the process -----------------------------------------------------------------------------
-
-STOP_SECONDS = 10.0
-"""From SIGTERM to SIGKILL."""
 
 POLL_SECONDS = 0.1
 
@@ -201,7 +198,11 @@ class Server:
             # The supervisor is not reaped before: until then nobody else can be given the group's number.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGTERM)
-            if self.end(wait_seconds=grace_seconds) is not None:
+            if self.end(wait_seconds=grace_seconds) is None:
+                # The engine alone: what it leaves running may still take its shared memory away.
+                with contextlib.suppress(BrokenPipeError):
+                    os.write(self._leash, b"k")
+            if self.end(wait_seconds=KILL_SECONDS) is not None:
                 _until(lambda: _has_exited(self.pid), TIDY_SECONDS + 1)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
@@ -238,8 +239,9 @@ def start_server(
     """
     told = os.fstat(output)
     log_start = told.st_size if stat.S_ISREG(told.st_mode) else None
-    # Engines leave sockets and caches in their temporary folder when they are killed.
-    scratch = tempfile.mkdtemp(prefix="tune-engine-")
+    # Engines leave sockets and caches in their temporary folder when they are killed. No prefix: the path of a socket
+    # has 107 characters at most.
+    scratch = tempfile.mkdtemp(prefix="")
     leash_end, leash = os.pipe()
     status, status_end = os.pipe()
     try:
@@ -812,6 +814,7 @@ class Client:
         self._server = server
         self._name = server.name if server else str(endpoint)
         self._pass = 0
+        self._lines: set[socket.socket] = set()
 
     def run_pass(self) -> Work:
         """Send every request of the next pass and wait for the last answer.
@@ -849,11 +852,23 @@ class Client:
             hands = [threading.Thread(target=take, args=(iter((request,)),)) for request in range(load.prompts)]
         for hand in hands:
             hand.start()
-        for hand in hands:
-            hand.join()
+        try:
+            for hand in hands:
+                hand.join()
+        except BaseException as leaving:
+            # vLLM does not end before its connections do.
+            broken.append(leaving)
+            self._hang_up()
+            raise
         if broken:
             raise broken[0]
         return self._work([o for o in outcomes if o is not None], time.perf_counter() - start)
+
+    def _hang_up(self) -> None:
+        """Break every connection off, also those that other threads wait at."""
+        for line in tuple(self._lines):
+            with contextlib.suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)
 
     def try_once(self) -> None:
         """Send one request of a pass of its own, to learn whether the server takes this form of it."""
@@ -937,8 +952,10 @@ class Client:
             at = at if load.request_rate is not None else time.perf_counter()
         connection = self.endpoint.connect(load.timeout_seconds)
         path, name, reached = self.path(load), self._name, "took no connection"
+        line: socket.socket | None = None
         try:
             connection.connect()
+            self._lines.add(line := connection.sock)
             reached = "accepted the request and sent nothing"
             connection.request("POST", path, body, {"Content-Type": "application/json", **self.endpoint.headers()})
             # The connection gives its socket away to the response, which has to be closed as well.
@@ -963,6 +980,7 @@ class Client:
         except (http.client.HTTPException, OSError) as error:
             raise RequestFailed(f"{name} broke off: {_said(error)}") from error
         finally:
+            self._lines.discard(line)
             connection.close()
 
     def path(self, load: Load) -> str:

@@ -90,8 +90,12 @@ class Session:
             )
             raise
         except BaseException as leaving:
-            if not isinstance(leaving, Exception):
-                self._interrupted()
+            try:
+                # Before the live view is gone: an engine may take its time, and is seen to.
+                self.known.close()
+            finally:
+                if not isinstance(leaving, Exception):
+                    self._interrupted()
             raise
         finally:
             self.known.close()

@@ -1,10 +1,11 @@
 """The parent of an engine that runs as a process of its own: it ends with whoever started it, and leaves nothing.
 
-Run as `python -I supervise.py LEASH STATUS WORD...`. It leads a process group, runs WORD... inside it, and reads
-LEASH, a pipe whose other end the worker alone holds. At end of file the worker is gone, however it died, and the
-whole group is killed. When the engine ends first, how it ended is written to STATUS (`exit 3`, `signal 9`, or
-`failed 2`, an errno, where it could not be started); what is left of the group has a moment to tidy up and is killed.
-The folder that TUNE_SCRATCH names, the engine's temporary files, goes last.
+Run as `python -I supervise.py LEASH STATUS WORD...`. It leads a process group, runs WORD... inside it, and reads LEASH,
+a pipe whose other end the worker alone holds. At end of file the worker is gone, however it died: the group is asked to
+end, and the engine killed where it does not; a byte on LEASH has it killed at once. When the engine ends, how it ended
+is written to STATUS (`exit 3`, `signal 9`, or `failed 2`, an errno, where it could not be started); what is left of the
+group has a moment to tidy up and is killed. The folder that TUNE_SCRATCH names, the engine's temporary files, goes
+last.
 
 It is a program of its own because the worker may be dead, hung or busy by then, and it imports nothing but what it
 needs because it lives as long as the engine. Signals meant for the group pass it by: it must outlive them to say
@@ -22,13 +23,18 @@ import time
 
 PASSED_BY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
+STOP_SECONDS = 10.0
+"""From asking an engine to end (SIGTERM) to killing it."""
+
+KILL_SECONDS = 2.0
+"""From SIGKILL to giving up."""
 
 TIDY_SECONDS = 2.0
 """For what an engine leaves running: Python's resource tracker takes shared memory away once its parent is gone."""
 
 
 def supervise(leash: int, status: int, words: list[str]) -> None:
-    """Run `words` until they end or the leash does."""
+    """Run `words` until they end, or the leash does and they are stopped."""
     for descriptor in (leash, status):
         os.set_inheritable(descriptor, False)
     for number in PASSED_BY:
@@ -45,21 +51,50 @@ def supervise(leash: int, status: int, words: list[str]) -> None:
     except OSError as error:
         say(status, f"failed {error.errno}")
         return
-    while True:
-        ready, _, _ = select.select([leash, woken], [], [])
-        if leash in ready and not os.read(leash, 1):
-            os.kill(engine, signal.SIGKILL)
-            return
+    watched, give_up, killed = [leash, woken], float("inf"), False
+    while not (ended := os.waitpid(engine, os.WNOHANG))[0]:
+        left_seconds = max(0.0, give_up - time.monotonic())
+        ready, _, _ = select.select(watched, [], [], None if give_up == float("inf") else left_seconds)
         if woken in ready:
             os.read(woken, 512)
-            pid, ended = os.waitpid(engine, os.WNOHANG)
-            if pid:
-                code = os.waitstatus_to_exitcode(ended)
-                say(status, f"signal {-code}" if code < 0 else f"exit {code}")
-                give_up = time.monotonic() + TIDY_SECONDS
-                while alive(os.getpgrp(), but=os.getpid()) and time.monotonic() < give_up:
-                    time.sleep(0.02)
+        if leash in ready and not os.read(leash, 1):
+            ask_to_end(engine)
+            watched, give_up = [woken], time.monotonic() + STOP_SECONDS
+        elif leash in ready or not ready:
+            if killed:
                 return
+            os.kill(engine, signal.SIGKILL)
+            watched, give_up, killed = [woken], time.monotonic() + KILL_SECONDS, True
+    code = os.waitstatus_to_exitcode(ended[1])
+    say(status, f"signal {-code}" if code < 0 else f"exit {code}")
+    give_up = time.monotonic() + TIDY_SECONDS
+    while alive(os.getpgrp(), but=os.getpid()) and time.monotonic() < give_up:
+        time.sleep(0.02)
+
+
+def adopt_orphans() -> None:
+    """Make what the engine's processes leave behind children of this one. Nothing where the system has no such call."""
+    import ctypes
+
+    with contextlib.suppress(AttributeError, OSError):
+        # PR_SET_CHILD_SUBREAPER, prctl(2).
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+
+
+def reap() -> None:
+    """Take every child that has ended: in a container there is often nobody else who would."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def ask_to_end(engine: int) -> None:
+    """SIGTERM for the engine and all that it started, as far as a group of their own tells them apart."""
+    with contextlib.suppress(ProcessLookupError):
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGTERM)
+        else:
+            os.kill(engine, signal.SIGTERM)
 
 
 def alive(group: int, but: int = 0) -> bool:
@@ -90,6 +125,7 @@ def say(status: int, words: str) -> None:
 
 
 if __name__ == "__main__":
+    adopt_orphans()
     try:
         supervise(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
     finally:
@@ -97,6 +133,7 @@ if __name__ == "__main__":
             import shutil  # the supervisor stays small while the engine runs
 
             shutil.rmtree(scratch, ignore_errors=True)
+        reap()
         # Its own group and no other: it leads one, so that 0 cannot mean the worker's.
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGKILL)

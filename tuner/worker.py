@@ -1,8 +1,9 @@
 """Trials in a process of their own: load a runner, launch the engine, measure, write one result a trial.
 
-Run as `python -m tuner.worker JOB`, where JOB is a file that `evaluate.py` wrote. The process leads a
-session of its own, so that ending its group ends everything that it started. It ends itself when its
-parent dies: standard input is a pipe that the parent holds open and never writes to.
+Run as `python -m tuner.worker JOB SCRATCH`, where JOB is a file that `evaluate.py` wrote and SCRATCH a folder that
+goes with the worker. The process leads a session of its own, so that ending its group ends everything that it
+started. It ends itself when its parent dies: standard input is a pipe that the parent holds open and never writes to.
+SIGTERM makes it stop its engine, and leave.
 
 One launch serves one trial, or several that differ in nothing that needs a restart: then the process waits for
 the next job when a trial is done (`Job.following`). Whatever the engine does, each job leaves either a result
@@ -14,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import select
+import shutil
 import signal
 import sys
 import time
@@ -21,6 +24,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 import msgspec
@@ -49,6 +53,12 @@ from tuner.trial import (
     Unit,
     WarmUp,
 )
+
+LEAVE_SECONDS = 20.0
+"""How long a worker may take to stop its engine: more than `Server.stop` in tuner/serving.py does."""
+
+STOPPING = "stopping"
+"""The phase in which the engine is stopped, whatever the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +144,16 @@ class Desk:
 
     job: Job
     found: Found = field(default_factory=Found)
+    leaving: bool = False
+    """Whether the engine is being stopped, which nothing may interrupt."""
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """While the engine is worked with."""
+        try:
+            yield
+        finally:
+            self.leaving = True
 
     def next(self) -> bool:
         """Leave the result of this job and wait for another one; False when there is none."""
@@ -178,7 +198,7 @@ def run(desk: Desk, report: Phases) -> None:
         machine_watts = idle() if job.idle_seconds else None
         report("loading")
         before, started = reading(meter), time.perf_counter()
-        with runner.launch(job.config, job.target) as engine:
+        with runner.launch(job.config, job.target) as engine, desk.open():
             # Where each pass starts the engine, this was a pass, and what loading takes is inside every window.
             if not getattr(engine, "starts_each_pass", False):
                 found.load_seconds = time.perf_counter() - started
@@ -211,7 +231,7 @@ def run(desk: Desk, report: Phases) -> None:
                 desk.found.effective = dict(engine.effective)
                 desk.found.warm_up = warm_up(engine, meter, desk.job.plan, clocks, report, sampler)
                 windows(desk, engine, meter, clocks, report, sampler, desk.job.idle_watts, unit)
-            report("stopping")
+            report(STOPPING)
 
 
 def change(engine: Engine, config: Config) -> None:
@@ -366,20 +386,54 @@ class Phases:
             os.write(self._descriptor, phase.encode() + b"\n")
 
 
-def die_with_parent() -> None:
+class Ended(BaseException):
+    """SIGTERM: no failure of the engine, so nothing that handles those may hold it up."""
+
+
+def die_with_parent(scratch: Path) -> int:
     """End this whole process group as soon as the parent is gone, also when it was killed by SIGKILL.
 
-    A process of its own watches, because this one may be busy, hung or dead by then. It belongs to the
-    group and ends with it. Called before anything else is running.
+    A process of its own watches, because this one may be busy, hung or dead by then. It asks first, so that an
+    engine can be stopped in order, and takes `scratch` away, which nobody else would. It belongs to the group and
+    ends with it. Called before anything else is running. Returns the watching process.
     """
-    if os.fork():
-        return
+    worker = os.getpid()
+    if watcher := os.fork():
+        return watcher
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.closerange(1, min(1 << 16, os.sysconf("SC_OPEN_MAX")))
     with contextlib.suppress(OSError):
         os.read(0, 1)
+    os.killpg(0, signal.SIGTERM)
+    give_up = time.monotonic() + LEAVE_SECONDS
+    while os.getppid() == worker and time.monotonic() < give_up:
+        time.sleep(0.05)
+    shutil.rmtree(scratch, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+def dismiss(watcher: int) -> None:
+    """Take the watching process away, so that no zombie stays where nobody reaps orphans.
+
+    It stays where the parent is gone: there it has something left to do.
+    """
+    if not select.select([0], [], [], 0)[0]:
+        os.kill(watcher, signal.SIGKILL)
+        os.waitpid(watcher, 0)
+
+
+def leave_when_asked(desk: Desk, report: Phases) -> None:
+    """From here on SIGTERM ends what is being done with `Ended`, unless the engine is being stopped anyway."""
+
+    def leave(_number: int, _frame: FrameType | None) -> None:
+        if not desk.leaving:
+            desk.leaving = True
+            report(STOPPING)
+            raise Ended
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def attempt(desk: Desk, report: Phases) -> Result:
@@ -410,15 +464,23 @@ def leave(job: Job, result: Result) -> None:
 
 def main() -> NoReturn:
     """Do the job named on the command line and those that follow it; leave a result for each."""
-    die_with_parent()
+    watcher = die_with_parent(Path(sys.argv[2]))
     desk = Desk(msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Job))
     report = Phases(desk.job.phases)
-    result = attempt(desk, report)
-    with contextlib.suppress(FileNotFoundError):
-        # The folder is gone where nothing more was wanted: the job in hand had left its result.
-        leave(desk.job, result)
+    leave_when_asked(desk, report)
+    result = None
+    with contextlib.suppress(Ended):
+        result = attempt(desk, report)
+    if result is not None:
+        with contextlib.suppress(FileNotFoundError):
+            # The folder is gone where nothing more was wanted: the job in hand had left its result.
+            leave(desk.job, result)
     sys.stdout.flush()
     sys.stderr.flush()
+    dismiss(watcher)
+    if result is None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
     # Not sys.exit: an engine's threads and destructors must not be able to change the outcome or hang it.
     os._exit(0)
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from tuner.serving import start_server
 from tuner.space import Choice, Constraint, Int, Refused, SearchSpace
 from tuner.trial import Work
 
@@ -88,7 +89,11 @@ class Engine:
 
 
 def misbehave(mode):
-    match mode:
+    match mode.removeprefix("served-"):
+        case "deaf":
+            # As in a library's own code, which no signal handler of Python's interrupts.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            time.sleep(3600)
         case "raise":
             raise RuntimeError("the engine is on fire")
         case "bug":
@@ -110,6 +115,36 @@ def misbehave(mode):
             raise RuntimeError("could not load")
 
 
+SERVER = """
+import signal, sys, time
+from pathlib import Path
+
+held = Path(sys.argv[1])
+
+def leave(*_):
+    time.sleep(0.2)
+    held.unlink()
+    sys.exit()
+
+signal.signal(signal.SIGTERM, leave)
+held.touch()
+while True:
+    signal.pause()
+"""
+
+
+@contextlib.contextmanager
+def served(path):
+    """A process of its own with a file that, like shared memory, only its own end takes away."""
+    server = start_server([sys.executable, "-c", SERVER, str(path)], name="engine")
+    try:
+        while not path.exists():
+            time.sleep(0.02)
+        yield
+    finally:
+        server.stop()
+
+
 @contextlib.contextmanager
 def launch(config, target):
     if config["mode"] == "refuse":
@@ -124,4 +159,5 @@ def launch(config, target):
         time.sleep(3600)
     if slow := os.environ.get("FAKE_ENGINE_LOAD_SECONDS"):
         time.sleep(float(slow))
-    yield Engine(config, target)
+    with served(Path(target.model)) if config["mode"].startswith("served") else contextlib.nullcontext():
+        yield Engine(config, target)
