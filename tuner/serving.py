@@ -815,7 +815,6 @@ class Client:
         self._name = server.name if server else str(endpoint)
         self._pass = 0
         self._lines: set[socket.socket] = set()
-        self._left = threading.Event()
 
     def run_pass(self) -> Work:
         """Send every request of the next pass and wait for the last answer.
@@ -867,7 +866,6 @@ class Client:
 
     def _hang_up(self) -> None:
         """Break every connection off, also those that other threads wait at."""
-        self._left.set()
         for line in tuple(self._lines):
             with contextlib.suppress(OSError):
                 line.shutdown(socket.SHUT_RDWR)
@@ -958,8 +956,6 @@ class Client:
         try:
             connection.connect()
             self._lines.add(line := connection.sock)
-            if self._left.is_set():
-                raise RequestFailed(f"{name}: the pass was left")
             reached = "accepted the request and sent nothing"
             connection.request("POST", path, body, {"Content-Type": "application/json", **self.endpoint.headers()})
             # The connection gives its socket away to the response, which has to be closed as well.
