@@ -815,6 +815,7 @@ class Client:
         self._name = server.name if server else str(endpoint)
         self._pass = 0
         self._lines: set[socket.socket] = set()
+        self._left = False
 
     def run_pass(self) -> Work:
         """Send every request of the next pass and wait for the last answer.
@@ -850,9 +851,9 @@ class Client:
             hands = [threading.Thread(target=take, args=(todo,)) for _ in range(min(load.concurrency, load.prompts))]
         else:
             hands = [threading.Thread(target=take, args=(iter((request,)),)) for request in range(load.prompts)]
-        for hand in hands:
-            hand.start()
         try:
+            for hand in hands:
+                hand.start()
             for hand in hands:
                 hand.join()
         except BaseException as leaving:
@@ -865,7 +866,8 @@ class Client:
         return self._work([o for o in outcomes if o is not None], time.perf_counter() - start)
 
     def _hang_up(self) -> None:
-        """Break every connection off, also those that other threads wait at."""
+        """Break every connection off, also those that other threads wait at or are about to have."""
+        self._left = True
         for line in tuple(self._lines):
             with contextlib.suppress(OSError):
                 line.shutdown(socket.SHUT_RDWR)
@@ -956,6 +958,8 @@ class Client:
         try:
             connection.connect()
             self._lines.add(line := connection.sock)
+            if self._left:
+                raise RequestFailed(f"{name}: the pass was left")
             reached = "accepted the request and sent nothing"
             connection.request("POST", path, body, {"Content-Type": "application/json", **self.endpoint.headers()})
             # The connection gives its socket away to the response, which has to be closed as well.
