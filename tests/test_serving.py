@@ -254,6 +254,14 @@ def test_an_engine_inherits_neither_pipe_nor_ignored_signals(log):
     server.stop()
 
 
+def test_an_error_that_a_warning_quotes_is_not_the_cause(log):
+    warning = "failed to increase it. This can cause errors like `OSError: [Errno 24] Too many open files`."
+    server = python(f"print({warning!r}, flush=True); raise ValueError('ipc path is too long')")
+    server.end(10)
+    assert server.cause() == "ValueError: ipc path is too long"
+    server.stop()
+
+
 def test_an_engine_runs_in_the_folder_and_with_the_variables_given(log, tmp_path):
     server = python("import os; print(os.getcwd(), os.environ['OWN'])", env={"OWN": "yes"}, cwd=tmp_path)
     server.end(10)

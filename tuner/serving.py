@@ -80,9 +80,10 @@ class Symptoms:
     """Of lines that name a cause, tried before the general ones."""
 
 
-# What most programs print: Python's last line of a traceback, argparse's, and a C++ logger's.
+# What most programs print: Python's last line of a traceback, argparse's, and a C++ logger's. An error in quotes is one
+# that a warning speaks of: vLLM's on the number of open files is in the log of nearly every start.
 _TELLING = (
-    r"\b(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Refused)\b: .+",
+    r"(?<![`'\".])\b(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Refused)\b: .+",
     r"\berror: .+",
     r"(?i)\b(?:fatal|panic|abort)\w*\b.*: .+",
 )
