@@ -31,7 +31,7 @@ from tuner.limits import QUALITY_LOSS, Limit, broken
 from tuner.measure import settling_seconds
 from tuner.space import Config, Refused, closest
 from tuner.summary import grouped
-from tuner.supervise import out_of_memory_kills
+from tuner.supervise import out_of_memory_kills, signal_name
 from tuner.telemetry import WATCHES_GPUS, Sampler
 from tuner.trial import Proposal, Target, Trial
 from tuner.worker import LEAVE_SECONDS, STOPPING, Job, Result
@@ -523,7 +523,7 @@ def cause_of_death(status: int, phase: str, *, lack_of_memory: bool) -> str:
     """Why a worker ended without a result, from its exit status (negative: the signal's number)."""
     if status >= 0:
         return f"the engine ended its process with exit status {status} (phase: {phase})"
-    name = signal.Signals(-status).name
+    name = signal_name(-status)
     if lack_of_memory and name == "SIGKILL":
         return f"out of memory: the kernel killed the engine (SIGKILL, phase: {phase})"
     meaning = {

@@ -125,16 +125,24 @@ class _Rule:
     def _truth(self, node: _Node) -> _Node:
         return self._of_kind(node, "truth")
 
-    def _rule(self) -> _Node:
+    def _deeper(self, part: Callable[[], _Node]) -> _Node:
+        """A part inside of a part: Python's own stack has an end too."""
         self._depth += 1
         if self._depth > MOST_RULE_DEPTH:
             raise RuleFault(self._next.column, f"expected at most {MOST_RULE_DEPTH} levels")
-        left = self._either()
-        if self._take("->"):
-            a, b = self._truth(left), self._truth(self._rule())
-            left = _Node("truth", a.column, lambda c: not a.of(c) or b.of(c))
+        node = part()
         self._depth -= 1
-        return left
+        return node
+
+    def _rule(self) -> _Node:
+        return self._deeper(self._implication)
+
+    def _implication(self) -> _Node:
+        left = self._either()
+        if not self._take("->"):
+            return left
+        a, b = self._truth(left), self._truth(self._rule())
+        return _Node("truth", a.column, lambda c: not a.of(c) or b.of(c))
 
     def _either(self) -> _Node:
         left = self._both()
@@ -147,6 +155,8 @@ class _Rule:
         while self._take("and"):
             left = self._and(self._truth(left), self._truth(self._negation()))
         return left
+
+    # Functions, not lambdas in the loops: each closes over the operands of its own turn.
 
     @staticmethod
     def _or(a: _Node, b: _Node) -> _Node:
@@ -203,14 +213,6 @@ class _Rule:
             node = self._of_kind(self._deeper(self._sign), "number")
             return _Node("number", sign.column, lambda c: -node.of(c))
         return self._atom()
-
-    def _deeper(self, part: Callable[[], _Node]) -> _Node:
-        self._depth += 1
-        if self._depth > MOST_RULE_DEPTH:
-            raise RuleFault(self._next.column, f"expected at most {MOST_RULE_DEPTH} levels")
-        node = part()
-        self._depth -= 1
-        return node
 
     def _atom(self) -> _Node:
         token = self._next

@@ -8,7 +8,6 @@ has gone, whoever killed it. `tuner.supervise` is the simpler way for one server
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -25,14 +24,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from tuner.space import excerpt
-from tuner.supervise import out_of_memory_kills
+from tuner.supervise import PR_SET_PDEATHSIG, adopt_orphans, out_of_memory_kills, prctl, signal_name
 
 MOST_OUTPUT_BYTES = 16 * 2**20
 """A pass that prints more has failed: the figures may stand in what nobody reads."""
 
 MOST_LOG_BYTES = 256 * 2**10
 TAIL_BYTES = 8 * 2**10
-"""Of each run, so much goes into the trial's log at once, and so much of its end."""
+"""Of each run, so much goes into the trial's log at once, and so much of the end of each stream."""
 
 LINGER_SECONDS = 2.0
 """How long the children of a command may outlive it before it is said to have left them behind."""
@@ -96,13 +95,9 @@ class Ended:
         if self.lack_of_memory and self.status == -signal.SIGKILL:
             return f"out of memory: the kernel killed {label}{ending(self.tail)}"
         if self.status < 0:
-            return f"{label} was killed by {_signal_name(-self.status)}{ending(self.tail)}"
+            return f"{label} was killed by {signal_name(-self.status)}{ending(self.tail)}"
         memory = "out of memory: " if _NO_MEMORY.search(self.tail) else ""
         return f"{memory}{label} ended with exit status {self.status}, expected 0{ending(self.tail)}"
-
-
-def _signal_name(number: int) -> str:
-    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 class Keeper:
@@ -189,22 +184,13 @@ class Keeper:
 
 # --- the keeper itself -----------------------------------------------------------------------
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-"""prctl(2): the signal for the death of the parent; orphans below this process become its children."""
-
-
-def _prctl(option: int, value: int) -> None:
-    """Nothing where the system has no such call: there, only the command's process group is ended."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
-
 
 @dataclass
 class _Stream:
     """One of a command's two streams."""
 
     keep: bool
-    seen: int = 0
+    """Whether figures are looked for in it."""
     tail: bytes = b""
 
 
@@ -221,9 +207,11 @@ class _Watch:
         os.set_blocking(waker, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        adopt_orphans()
         self._status: dict[int, int] = {}
-        self._logged = 0
+        """Of children that were reaped, by process."""
+        self._printed = 0
+        """Bytes of the running command, on both streams."""
 
     def serve(self) -> None:
         """Until the worker closes the pipe, or dies."""
@@ -237,6 +225,7 @@ class _Watch:
                     os.write(1, json.dumps(told).encode() + b"\n")
 
     def _more(self) -> bool:
+        """Read what the worker has written; False where it has gone."""
         chunk = os.read(0, 65536)
         self._jobs += chunk
         return bool(chunk)
@@ -269,6 +258,7 @@ class _Watch:
             if not here or fault or left:
                 self._end(child.pid)
         finally:
+            # Reaped already, which Popen would take for exit status 0.
             child.returncode = self._status.pop(child.pid, -signal.SIGKILL)
             for pipe in (child.stdout, child.stderr):
                 pipe.close()  # type: ignore[union-attr]  # it is a pipe
@@ -286,7 +276,7 @@ class _Watch:
 
         Returns whether the worker is still there, and why the command has to be ended.
         """
-        self._logged, kept = 0, 0
+        self._printed = 0
         give_up = math.inf
         with selectors.DefaultSelector() as selector:
             for source in (0, self._woken, *streams):
@@ -302,8 +292,8 @@ class _Watch:
                         with contextlib.suppress(BlockingIOError):
                             os.read(source, 4096)
                     elif chunk := os.read(source, 65536):
-                        kept += self._take(streams[source], chunk, kept)
-                        if kept > MOST_OUTPUT_BYTES and not endless:
+                        self._take(streams[source], chunk)
+                        if self._printed > MOST_OUTPUT_BYTES and not endless:
                             most = f"{MOST_OUTPUT_BYTES // 2**20} MiB"
                             return True, f"printed more than {most}, the most that is read; let it print less"
                     else:
@@ -316,21 +306,19 @@ class _Watch:
                         self._close_log(streams)
                         return True, ""
 
-    def _take(self, stream: _Stream, chunk: bytes, kept: int) -> int:
-        """Keep it, up to the most that is kept, and log its beginning. Returns how much counts against the most."""
-        stream.seen += len(chunk)
+    def _take(self, stream: _Stream, chunk: bytes) -> None:
+        """Keep it, up to the most that is kept, and log the beginning of all that is printed."""
         stream.tail = (stream.tail + chunk)[-TAIL_BYTES:]
-        if stream.keep and kept < MOST_OUTPUT_BYTES:
-            os.write(self._output, chunk[: MOST_OUTPUT_BYTES - kept])
-        if self._logged < MOST_LOG_BYTES:
+        if stream.keep and self._printed < MOST_OUTPUT_BYTES:
+            os.write(self._output, chunk[: MOST_OUTPUT_BYTES - self._printed])
+        if self._printed < MOST_LOG_BYTES:
             with contextlib.suppress(OSError):
-                os.write(2, chunk[: MOST_LOG_BYTES - self._logged])
-        self._logged += len(chunk)
-        return len(chunk)
+                os.write(2, chunk[: MOST_LOG_BYTES - self._printed])
+        self._printed += len(chunk)
 
     def _close_log(self, streams: Mapping[int, _Stream]) -> None:
         """The end of what was too long for the log: there stands why it failed."""
-        if self._logged > MOST_LOG_BYTES:
+        if self._printed > MOST_LOG_BYTES:
             with contextlib.suppress(OSError):
                 os.write(2, b"\n[what came here was left out]\n" + _tail(streams))
 
@@ -370,7 +358,7 @@ def _fresh() -> None:
     """In the child, before it becomes the command: signals as usual, and death with the keeper."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _living() -> list[tuple[int, str]]:

@@ -72,13 +72,21 @@ def supervise(leash: int, status: int, words: list[str]) -> None:
         time.sleep(0.02)
 
 
-def adopt_orphans() -> None:
-    """Make what the engine's processes leave behind children of this one. Nothing where the system has no such call."""
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+"""prctl(2): the signal for the death of the parent; orphans below this process become its children."""
+
+
+def prctl(option: int, value: int) -> None:
+    """Nothing where the system has no such call: what leaves the process group is then not found again."""
     import ctypes
 
     with contextlib.suppress(AttributeError, OSError):
-        # PR_SET_CHILD_SUBREAPER, prctl(2).
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def adopt_orphans() -> None:
+    """Make what the processes below this one leave behind its children."""
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def reap() -> None:
@@ -107,6 +115,14 @@ def alive(group: int, but: int = 0) -> bool:
                 if int(of_group) == group and state not in "ZX":
                     return True
     return False
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL`; `signal 40` of one without a name, such as the real-time ones."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def out_of_memory_kills() -> int:
