@@ -745,6 +745,33 @@ def test_what_a_server_does_wrong_is_one_sentence(mode, told):
     assert len(sentence) < 400
 
 
+@pytest.mark.parametrize("prompt_tokens", [96, 76])
+def test_a_chats_template_in_a_cache_is_no_prompt_in_a_cache(prompt_tokens):
+    """A system prompt of 70 tokens stays in the cache of every server that has one."""
+    with Engine("template-cached", template_tokens=70) as engine:
+        load = replace(LOAD, prompt_tokens=prompt_tokens, token_ids=None, chat=True)
+        client = Client(Endpoint.parse(engine.url), load)
+        client.fit_words()
+        assert client.run_pass().prompt_tokens == 4 * prompt_tokens
+
+
+def test_a_chats_prompt_in_a_cache_is_told():
+    with Engine("chat-cached", template_tokens=70) as engine:
+        client = Client(Endpoint.parse(engine.url), replace(LOAD, prompt_tokens=96, token_ids=None, chat=True))
+        client.fit_words()
+        with pytest.raises(Refused, match="took 95 of 96 prompt tokens from a cache"):
+            client.run_pass()
+
+
+def test_prompts_shorter_than_the_chats_template_are_refused():
+    with Engine(template_tokens=70) as engine:
+        client = Client(Endpoint.parse(engine.url), replace(LOAD, prompt_tokens=70, token_ids=None, chat=True))
+        with pytest.raises(
+            Refused, match=r"^--prompt-tokens 70: the chat template of http://.* takes 70 by itself; ask"
+        ):
+            client.fit_words()
+
+
 def test_nobody_listening_is_said_so():
     with Engine() as engine:
         endpoint = Endpoint.parse(engine.url)

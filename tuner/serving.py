@@ -53,7 +53,7 @@ from typing import Any
 
 from tuner.quality import TEXT, Passage, drawn, judge, of_text
 from tuner.space import Config, Int, Parameter, Refused, Value
-from tuner.supervise import KILL_SECONDS, STOP_SECONDS, TIDY_SECONDS, alive, out_of_memory_kills
+from tuner.supervise import KILL_SECONDS, STOP_SECONDS, TIDY_SECONDS, alive, out_of_memory_kills, signal_name
 from tuner.trial import TRIAL_SECONDS, EngineError, Target, Work
 
 # --- the process -----------------------------------------------------------------------------
@@ -333,17 +333,10 @@ def _until(holds: Callable[[], bool], seconds: float) -> None:
 def _read_end(told: bytes) -> str:
     kind, _, number = told.decode().partition(" ")
     if kind == "signal":
-        return _signal_name(int(number))
+        return signal_name(int(number))
     if kind == "failed":
         return f"{NOT_STARTED}: {os.strerror(int(number))}"
     return f"exit status {number}" if kind == "exit" else "its supervisor was killed"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _has_exited(pid: int) -> bool:
@@ -683,6 +676,8 @@ class Load:
     """Prompts are lists of these ids; None where the server takes only text."""
     words: int | None = None
     """Words of a text prompt; None for one per token."""
+    template_tokens: int | None = None
+    """What the server puts around a text prompt, the same every time; None where that is not known."""
     chat: bool = False
     """`/chat/completions`, for servers without `/completions`; its prompts are text."""
     fields: Mapping[str, object] = field(default_factory=dict)
@@ -883,14 +878,24 @@ class Client:
 
         Tokenizers differ, and a chat template adds its own tokens: two requests of one output token tell how
         many tokens a word takes. The same server gives the same number every time.
+
+        Raises:
+            Refused: a chat's template alone has as many.
         """
         wanted = self.load.prompt_tokens
         few, many = max(1, wanted // 2), max(2, wanted)
         counts = [self._prompt_tokens_of(words) for words in (few, many)]
         per_word = (counts[1] - counts[0]) / (many - few)
         extra = counts[0] - per_word * few
-        words = max(1, round((wanted - extra) / per_word)) if per_word > 0 else many
-        self.load = replace(self.load, words=words)
+        if per_word <= 0:
+            self.load = replace(self.load, words=many)
+            return
+        if self.load.chat and extra >= wanted:
+            raise Final(
+                f"--prompt-tokens {wanted}: the chat template of {self._name} takes {extra:.0f} by itself; ask for more"
+            )
+        words = max(1, round((wanted - extra) / per_word))
+        self.load = replace(self.load, words=words, template_tokens=max(0, round(extra)))
 
     def _prompt_tokens_of(self, words: int) -> int:
         load = replace(self.load, words=words, output_tokens=1, salt=f"{self.load.salt}/words")
@@ -1080,8 +1085,9 @@ class Client:
             )
         if load.exact_prompts and prompt != load.prompt_tokens:
             raise RuntimeError(f"{self._name} counted {prompt} prompt tokens instead of {load.prompt_tokens}")
-        # A template's opening is the same in every prompt; more than that was asked for before.
-        if cached > max(prompt // 2, 1) and prompt > 1:
+        # A template is the same in every prompt, and a few words may be so by chance. More was asked for before.
+        template = 0 if load.exact_prompts else load.template_tokens
+        if template is not None and cached - template > max((prompt - template) // 2, 1) and prompt > 1:
             raise Refused(
                 f"{self._name} took {cached} of {prompt} prompt tokens from a cache, though no prompt is sent twice; "
                 "start it without one (vLLM: --no-enable-prefix-caching, SGLang: --disable-radix-cache)"

@@ -63,15 +63,16 @@ class Engine:
         nats=9.68,
         native=None,
         forced=None,
+        template_tokens=7,
     ):
         """`last_words`: its log when memory runs out; `timed`: it says how long both phases took, as llama.cpp does;
         `pages`: further paths with the JSON that they bring; `native`: answers `/generate` as SGLang does;
-        `forced`: answers what is not streamed, and `/tokenize`, as llama.cpp does."""
+        `forced`: answers what is not streamed, and `/tokenize`, as llama.cpp does; `template_tokens`: of a chat."""
         self.mode, _, start = mode.partition(":")
         self.begins = int(start or 0)
         self.model, self.metrics, self.token_seconds = model, metrics, token_seconds
         self.last_words, self.timed, self.pages = last_words, timed, pages or {}
-        self.nats, self.native, self.forced = nats, native, forced
+        self.nats, self.native, self.forced, self.template_tokens = nats, native, forced, template_tokens
         self.requests, self.headers, self.in_flight, self.most_in_flight = [], [], 0, 0
         self.lock = threading.Lock()
         self.seats = threading.Semaphore(seats)
@@ -259,8 +260,8 @@ class _Handler(BaseHTTPRequestHandler):
         began = time.perf_counter()
         count = asked["max_tokens"] - (mode == "short")
         words = len(prompt.split()) if isinstance(prompt, str) else len(prompt)
-        # A word of this tokenizer's is two tokens, and a template adds seven.
-        tokens = words if isinstance(prompt, list) else 2 * words + 7 * chat
+        # A word of this tokenizer's is two tokens.
+        tokens = words if isinstance(prompt, list) else 2 * words + self.served.template_tokens * chat
         if chat:
             self.event(
                 {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
@@ -295,7 +296,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.event({"choices": [{"index": 0, **piece, "finish_reason": end}], "usage": None})
         if mode not in ("no-usage", "strict-no-usage"):
             usage = {"prompt_tokens": tokens + (mode == "miscounts"), "completion_tokens": count}
-            if mode == "cached":
+            if mode == "template-cached":
+                # vLLM's cache holds blocks of 16 tokens.
+                usage["prompt_tokens_details"] = {"cached_tokens": self.served.template_tokens // 16 * 16}
+            if mode in ("cached", "chat-cached"):
                 usage["prompt_tokens_details"] = {"cached_tokens": tokens - 1}
             if mode == "odd-usage":
                 usage = {"tokens": 3}
