@@ -12,10 +12,10 @@ second one, `[load]`, against it.
 A process of its own, the keeper (`tuner.keeper`), starts the commands and ends all that they leave behind.
 
 Glossary
-    spec       the TOML file, read and checked
-    word       one argument of a command; a placeholder never makes two of one
-    placeholder `{threads}`: the value of a parameter, or of the load; `{{threads}}` is the text itself
-    keeper     the process between the worker and a command
+    spec         the TOML file, read and checked
+    word         one argument of a command; a placeholder never makes two of one
+    placeholder  `{threads}`: the value of a parameter, or of the load; `{{threads}}` is the text itself
+    keeper       the process between the worker and a command
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import re
 import shlex
 import shutil
 import signal
-import socket
+import sys
 import threading
 import time
 import tomllib
@@ -44,6 +44,7 @@ from urllib.parse import urlsplit
 
 from tuner.expression import KEYWORDS, MOST_RULE_CHARACTERS, Kind, RuleFault, kind_of, rule
 from tuner.keeper import Keeper, ending
+from tuner.serving import cut, free_port
 from tuner.space import (
     Choice,
     Config,
@@ -76,6 +77,9 @@ MOST_UNITS = 2**53
 """Beyond it, not every whole number is a float."""
 
 SERVICE_PORT = 8080
+
+LABEL_CHARACTERS = 60
+"""Of a command, so much names it in a sentence."""
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _METRIC = re.compile(r"[a-z][a-z0-9_]*")
@@ -870,12 +874,17 @@ def _env(step: Step, values: Mapping[str, str]) -> dict[str, str]:
     return {name: fill(word, values) for name, word in step.env.items()}
 
 
+def _filled(spec: Spec, step: Step, values: Mapping[str, str]) -> Service:
+    """The command of a step, with what its placeholders stand for."""
+    return Service(argv=_argv(spec, step.argv, values), env=_env(step, values), folder=str(step.folder))
+
+
 def command(config: Config, target: Target) -> str:
     """The command of the file with `config`, in its folder and with its variables; a server has its usual port."""
     spec = spec_of(target)
     values = _values(spec, config, target, spec.service.get("port", SERVICE_PORT))
-    folder = None if spec.command.folder == Path.cwd() else str(spec.command.folder)
-    return Service(argv=_argv(spec, spec.command.argv, values), env=_env(spec.command, values), folder=folder).command()
+    filled = _filled(spec, spec.command, values)
+    return (replace(filled, folder=None) if spec.command.folder == Path.cwd() else filled).command()
 
 
 def service(config: Config, target: Target) -> Service:
@@ -886,10 +895,8 @@ def service(config: Config, target: Target) -> Service:
     about = spec.service
     port = about.get("port", SERVICE_PORT)
     values = _values(spec, config, target, port)
-    return Service(
-        argv=_argv(spec, spec.command.argv, values),
-        env=_env(spec.command, values),
-        folder=str(spec.command.folder),
+    return replace(
+        _filled(spec, spec.command, values),
         port=port,
         image=about.get("image"),
         image_argv=_argv(spec, about.get("argv", ()), values),
@@ -907,7 +914,8 @@ def launch(config: Config, target: Target) -> Iterator[CommandEngine]:
 
     Raises:
         RuntimeError: a command failed, or did not say what it did.
-        Refused: it did so with the defaults, which the search begins with.
+        Refused: the command failed by itself. With the configuration that the search begins with this ends the study,
+            with any other it is a failed trial.
     """
     spec = spec_of(target)
     with contextlib.ExitStack() as stack:
@@ -917,18 +925,12 @@ def launch(config: Config, target: Target) -> Iterator[CommandEngine]:
             # Files come into the cache, and what the output lacks is said before anything is measured.
             engine.run_pass()
         except Misfit as misfit:
-            # Another value may mend it, but the search begins with the defaults and is held against them.
-            if any(config.get(p.name, p.default) != p.default for p in spec.parameters):
-                raise
-            raise Refused(f"{misfit}; mend it or {spec.path.name}, and try by hand: {engine.by_hand()}") from misfit
+            raise Refused(f"{misfit}; {engine.by_hand()}") from misfit
         yield engine
 
 
 class Misfit(EngineError):
     """The command and its file do not fit: it ended as it should not, or does not print what the file says."""
-
-
-BEFORE_READY = "before it was ready"
 
 
 class CommandEngine:
@@ -942,7 +944,7 @@ class CommandEngine:
         self._config = dict(config)
         self._target = target
         self._stack = stack
-        self._port = _free_port() if spec.mode == "server" else 0
+        self._port = free_port() if spec.mode == "server" else 0
         self._server: Keeper | None = None
         self._keeper = stack.enter_context(Keeper())
         self.effective: Mapping[str, Value] = {}
@@ -953,25 +955,19 @@ class CommandEngine:
         spec, ready = self._spec, self._spec.ready
         if ready is None:
             return
-        values = self._filled()
-        url = fill(ready.url, values) if ready.url else None
+        url = fill(ready.url, self._values()) if ready.url else None
         if url and _good(_status(url)):
             raise Refused(
                 f"{url} answers already, before the server is started: another program listens there;"
                 " write {port} for a free port"
             )
         self._server = self._stack.enter_context(Keeper())
-        self._server.start(
-            _argv(spec, spec.command.argv, values),
-            spec.command.folder,
-            _env(spec.command, values),
-            ("stdout", "stderr"),
-            endless=True,
-        )
+        filled = self._filled(spec.command)
+        self._server.start(filled.argv, spec.command.folder, filled.env, ("stdout", "stderr"), endless=True)
         give_up = time.monotonic() + ready.timeout_seconds
         seen, status = "", None
         while True:
-            self._check_server(BEFORE_READY)
+            self._check_server("before it was ready", Misfit)
             if url:
                 if _good(status := _status(url)):
                     return
@@ -990,29 +986,33 @@ class CommandEngine:
                 )
             time.sleep(POLL_SECONDS)
 
-    def _check_server(self, when: str) -> None:
+    def _check_server(self, when: str, if_its_own: type[RuntimeError] = RuntimeError) -> None:
+        """Raise where the server has ended; `if_its_own` where it did so by itself."""
         if self._server and (ended := self._server.wait(0.0)) is not None:
             label = self._label(self._spec.command)
             cause = ended.cause(label) or f"{label} ended with exit status 0"
-            kind = Misfit if when == BEFORE_READY and ended.is_its_own else RuntimeError
+            kind = if_its_own if ended.is_its_own else RuntimeError
             raise kind(f"the server ended {when}: {cause}")
 
-    def _filled(self) -> dict[str, str]:
+    def _values(self) -> dict[str, str]:
         return _values(self._spec, self._config, self._target, self._port)
 
+    def _filled(self, step: Step) -> Service:
+        return _filled(self._spec, step, self._values())
+
     def _label(self, step: Step) -> str:
-        words = shlex.join(_argv(self._spec, step.argv, self._filled()))
-        return words if len(words) <= 60 else f"{words[:57]}..."
+        return cut(shlex.join(self._filled(step).argv), LABEL_CHARACTERS)
 
     def by_hand(self) -> str:
-        """The commands of this configuration for a shell, in their folder; a server's is followed by its load."""
-        values = self._filled()
-        steps = list(self._spec.steps())
-        typed = []
-        for step in steps:
-            env = [f"{name}={value}" for name, value in _env(step, values).items()]
-            typed.append(shlex.join([*(["env", *env] if env else []), *_argv(self._spec, step.argv, values)]))
-        return f"cd {shlex.quote(str(steps[0].folder))} && {' & '.join(typed)}".replace("\n", "'$'\\n''")
+        """The end of a sentence: the commands of this configuration for a shell, a server's before its load.
+
+        A sentence has one line and single blanks. A command that has others is written to the log.
+        """
+        typed = " & ".join(self._filled(step).command() for step in self._spec.steps())
+        if typed == " ".join(typed.split()):
+            return f"try by hand: {typed}"
+        sys.stderr.write(f"{typed}\n")
+        return "its log has the command, to try by hand"
 
     def change(self, config: Config) -> None:
         """Go on with `config`: the next pass starts its command with it. A server's own parameters need a launch."""
@@ -1035,9 +1035,8 @@ class CommandEngine:
         """
         spec, step = self._spec, self._spec.work
         self._check_server("between two passes")
-        values = self._filled()
-        label = self._label(step)
-        self._keeper.start(_argv(spec, step.argv, values), step.folder, _env(step, values), spec.output)
+        filled, label = self._filled(step), self._label(step)
+        self._keeper.start(filled.argv, step.folder, filled.env, spec.output)
         ended = self._keeper.wait(step.timeout_seconds)
         if ended is None:
             raise RuntimeError(
@@ -1064,12 +1063,6 @@ class CommandEngine:
             **several,
             **single,
         )
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _status(url: str) -> int | None:

@@ -17,10 +17,12 @@ from typing import ClassVar
 
 import psutil
 import pytest
+from commands import settle_in, typed
 from contracts.runner_contract import RunnerContract
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tuner.journal import read
 from tuner.keeper import MOST_LOG_BYTES, TAIL_BYTES, Ended
 from tuner.measure import metrics_of, together
 from tuner.space import Refused
@@ -309,14 +311,50 @@ def test_a_pass_that_fails_says_why_in_one_sentence(folder, monkeypatch, bench, 
 def test_defaults_that_do_not_run_are_refused_with_the_command_to_try_by_hand(folder):
     with pytest.raises(Refused) as refused:
         run_once(folder, "raise SystemExit(3)", units="fixed = 1")
-    by_hand = f"cd {folder} && {sys.executable} -S bench.py 2"
-    assert str(refused.value).endswith(f"; mend it or bench.toml, and try by hand: {by_hand}")
-    assert subprocess.run(["/bin/sh", "-c", by_hand], check=False).returncode == 3
+    by_hand = f"env -C {folder} {sys.executable} -S bench.py 2"
+    assert str(refused.value).endswith(f"expected 0; it printed nothing; try by hand: {by_hand}")
+    assert subprocess.run(["/bin/sh", "-c", by_hand], check=False, cwd="/").returncode == 3
 
 
-def test_other_values_that_do_not_run_are_a_failed_trial(folder):
-    with pytest.raises(RuntimeError, match=r"ended with exit status 3, expected 0; it printed nothing$"):
-        run_once(folder, "raise SystemExit(3)", {"n": 5}, units="fixed = 1")
+def test_a_command_that_one_line_does_not_hold_is_written_to_the_log(folder, capfd):
+    bench = "import sys; sys.exit(sys.argv[1])"
+    told = cause(folder, bench, units="fixed = 1", argv='"a\\nb  c", "{n}"')
+    assert told.endswith("; its log has the command, to try by hand")
+    assert "\n" not in told
+    typed = capfd.readouterr().err.partition("env -C ")
+    done = subprocess.run(["/bin/sh", "-c", "".join(typed[1:])], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "a\nb  c\n")
+
+
+def test_a_server_and_its_load_are_both_tried_in_their_folder(folder):
+    target = served(folder, server="raise SystemExit(4)")
+    default = command.space(target).default()
+    with pytest.raises(Refused) as refused, command.launch(default, target):
+        pytest.fail("an engine was yielded")
+    server, load = str(refused.value).partition("try by hand: ")[2].split(" & ")
+    assert server.startswith(f"env -C {folder} {sys.executable} bench.py ")
+    assert load.startswith(f"env -C {folder} {sys.executable} client.py ")
+
+
+TUNED = ("run", "--workload", "bench.toml", "--proposer", "grid", "--batch", "--trials", "2", "--name", "s", "--fast")
+
+
+def test_a_command_that_never_works_ends_the_study_where_a_parameter_is_pinned(folder, monkeypatch):
+    settle_in(folder, monkeypatch)
+    more = '[parameters.m]\ntype = "bool"\ndefault = false\nmeaning = "another thing that the benchmark gets"\n'
+    write(folder, *minimal("raise SystemExit(3)", units="fixed = 1", argv='"{n}", "{m}"', parameters=more))
+    done = typed(*TUNED, "--pin", "n=5")
+    assert done.returncode == 2
+    by_hand = f"env -C {folder} {sys.executable} -S bench.py 5 false"
+    assert done.stderr.endswith(f"expected 0; it printed nothing; try by hand: {by_hand}\n")
+
+
+def test_other_values_that_do_not_run_are_a_failed_trial(folder, monkeypatch):
+    settle_in(folder, monkeypatch)
+    write(folder, *minimal("import sys; sys.exit(3 * (sys.argv[1] != '2'))", units="fixed = 1"))
+    done = typed(*TUNED, "--window", "0.1s", "--warm-up", "0.1s..0.2s", "--most-others", "1")
+    assert done.returncode == 0, done.stderr
+    assert [t.number for t in read(Path("results/s")).history.failed] == [1]
 
 
 def test_defaults_that_lack_memory_are_a_failed_trial():
@@ -346,7 +384,7 @@ def test_a_command_that_is_gone_when_it_is_started_is_named(folder):
     )
     default = command.space(target).default()
     with (
-        pytest.raises(Refused, match=r"^\./prog -S bench\.py 2 cannot be started: Exec format error; mend it or"),
+        pytest.raises(Refused, match=r"^\./prog -S bench\.py 2 cannot be started: Exec format error; try by"),
         command.launch(default, target),
     ):
         pass

@@ -1,6 +1,7 @@
 import io
 import os
 import re
+import shlex
 import signal
 import sys
 import textwrap
@@ -559,7 +560,7 @@ def test_the_summary_holds_best_against_default_and_what_it_took():
         "Saves 30 %.",
     ):
         assert part in one_line(out)
-    assert "\n  run  --it\n" in out, "a command is never respaced"
+    assert "\nrun  --it\n" in out, "a command is never respaced"
 
 
 @pytest.mark.parametrize(
@@ -568,11 +569,11 @@ def test_the_summary_holds_best_against_default_and_what_it_took():
 )
 def test_a_command_whose_saving_is_not_confirmed_says_so(shown, label):
     better = HISTORY.add(trial(1, {"parallel": 8}, joules=(0.7,)))
-    assert f"\n{label}  run  --it\n" in summed(better, shown=shown)
+    assert f"\n{label}run  --it\n" in summed(better, shown=shown)
 
 
 def test_where_the_default_is_the_best_its_command_is_called_so():
-    assert "\nlaunch the default with\n  run  --it\n" in summed(HISTORY, shown=False)
+    assert "\nlaunch the default with\nrun  --it\n" in summed(HISTORY, shown=False)
 
 
 def test_a_summary_says_where_the_machine_drifted():
@@ -594,8 +595,13 @@ def test_a_summary_without_a_search_says_nothing_of_why_it_stopped():
     assert "stopped" not in summed(HISTORY, end=None)
 
 
-def test_a_launch_command_is_one_line_however_long_it_is():
-    assert f"  {'word ' * 60}end\n" in summed(HISTORY, command="word " * 60 + "end")
+def test_a_launch_command_stands_as_it_is_typed_however_long_it_is():
+    assert f"\n{'word ' * 60}end\n" in summed(HISTORY, command="word " * 60 + "end")
+
+
+def test_a_launch_command_keeps_the_line_breaks_in_its_words():
+    command = shlex.join(["python3", "-c", "for n in range(2):\n    print(n)\n"])
+    assert f"\n{command}\n" in summed(HISTORY, command=command)
 
 
 def test_a_best_within_noise_says_so():

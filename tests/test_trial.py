@@ -1,12 +1,14 @@
 import dataclasses
 import math
+import shlex
+import subprocess
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tuner.space import SearchSpace
-from tuner.trial import QUALITIES, Decision, Energy, History, Measurement, Proposal, Reading, Trial, Work
+from tuner.trial import QUALITIES, Decision, Energy, History, Measurement, Proposal, Reading, Service, Trial, Work
 
 
 def window(joules, units=100, *, seconds=1.0, quality="measured", invalid=(), **domains) -> Measurement:
@@ -146,6 +148,16 @@ def test_an_invalid_window_does_not_spoil_the_quality():
 
 def test_a_trial_without_windows_has_no_quality():
     assert trial(0, error="crashed").quality is None
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_every_shell_reads_the_words_of_a_command_alike(shell, tmp_path):
+    words = ["a\nb", "\n\n", "$x `y` \\n", "it's", "tab\there", "two  blanks", "!v", ""]
+    service = Service(argv=("/bin/sh", "-c", 'printf "%s@" "$A" "$@"; pwd', "x", *words), env={"A": "1\n2"})
+    command = dataclasses.replace(service, folder=str(tmp_path)).command()
+    done = subprocess.run([shell, "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "@".join(["1\n2", *words, f"{tmp_path}\n"])
+    assert shlex.split(command)[-len(words) :] == words
 
 
 def test_records_cannot_be_changed():

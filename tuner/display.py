@@ -768,8 +768,8 @@ class Screen:
             label = "launch it with" if shown else "launch the best of the search with (not shown to save)"
             label = "launch the default with" if best is default else label
             self._stdout.print(Text(label, "dim"))
-            for line in command.splitlines():
-                self._stdout.print(Text("  ") + self._text(line, lines=True), soft_wrap=True)
+            # Not indented: a line break may stand inside of a word, in quotes.
+            self._stdout.print(self._text(command, lines=True), soft_wrap=True)
         self._stdout.print()
         self._stdout.print(self._text(verdict, "bold"), soft_wrap=not self._stdout.is_terminal)
 

@@ -177,24 +177,28 @@ class Service:
     """Ollama's own form."""
 
     def command(self) -> str:
-        """The command with its folder and variables, as a person types it: one line for a shell."""
+        """The command with its folder and variables, for any POSIX shell.
+
+        A line break in a word stays one, in quotes: no other form is read alike by every shell.
+        """
         before = [
             *(["-C", self.folder] if self.folder else []),
             *(f"{name}={value}" for name, value in self.env.items()),
         ]
         words = [*(["env", *before] if before else []), *self.argv]
-        # A line break in a word is legal and would make two lines of one command.
-        return shlex.join(words).replace("\n", "'$'\\n''")
+        return shlex.join(words)
 
 
 class Runner(Protocol):
     """A file in `runners/`: four functions at module level.
 
-    Six more are asked for where a runner has them: `describe(target)` is a sentence on the model, `load(target)` one
+    One that starts no engine has `client(config, target, said)` in place of `command`: it gives a `Service`; `said` is
+    what the journal holds of `identity` and of what the engine named, and nobody is asked again.
+
+    Five more are asked for where a runner has them: `describe(target)` is a sentence on the model, `load(target)` one
     on a load that is not the target's, `metrics(target)` names the figures of its own that limits may be set on,
-    `lacks(target)` those of every engine that this one never reports, each with the reason and the way on,
-    `service(config, target)` gives a `Service`, and so does `client(config, target, said)` of one that starts no
-    engine: `said` is what the journal holds of `identity` and of what the engine named, and nobody is asked again.
+    `lacks(target)` those of every engine that this one never reports, each with the reason and the way on, and
+    `service(config, target)` gives a `Service`.
     """
 
     def space(self, target: Target) -> SearchSpace:
