@@ -16,11 +16,13 @@ Glossary
 
 from __future__ import annotations
 
+import functools
 import importlib
 import ipaddress
 import json
 import os
 import socket
+import string
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -38,6 +40,10 @@ FORWARDERS = frozenset({"docker-proxy", "rootlessport", "slirp4netns", "pasta", 
 """Programs that listen for somebody else: their CPU time is not the engine's."""
 
 
+ELSEWHERE = "another machine, by a wall meter"
+"""What `identity` says of where a server is that is not on this machine."""
+
+
 # --- which server ----------------------------------------------------------------------------
 
 
@@ -52,12 +58,20 @@ def _endpoint(target: Target) -> Endpoint:
             f"--url {endpoint}: expected a server on this machine, because only this machine's energy can be read; run "
             "tune there, or set TUNE_REMOTE_SERVER=1 if a wall meter (--meter wall) measures that machine"
         )
-    # OPENAI_API_KEY is a provider's: a server on this machine has no business with it.
-    name = "TUNE_SERVER_KEY" if here or os.environ.get("TUNE_SERVER_KEY") else "OPENAI_API_KEY"
-    key = os.environ.get(name) or None
-    if key and not (key.isascii() and key.isprintable()):
-        raise Refused(f"{name}: expected a key of printable ASCII characters on one line; set it anew")
-    return replace(endpoint, key=key)
+    for name in _keys(here=here):
+        if key := os.environ.get(name):
+            if not (key.isascii() and key.isprintable()):
+                raise Refused(f"{name}: expected a key of printable ASCII characters on one line; set it anew")
+            return replace(endpoint, key=key)
+    return endpoint
+
+
+def _keys(*, here: bool) -> tuple[str, ...]:
+    """Variables that may hold the server's key; the first that is set does.
+
+    OPENAI_API_KEY is a provider's: a server on this machine has no business with it.
+    """
+    return ("TUNE_SERVER_KEY",) if here else ("TUNE_SERVER_KEY", "OPENAI_API_KEY")
 
 
 def _is_here(host: str) -> bool:
@@ -192,7 +206,7 @@ def identity(target: Target) -> dict[str, str]:
     if listener:
         device = f"this machine, process {listener.name}"
     else:
-        device = "this machine, process not visible" if _is_here(endpoint.host) else "another machine, by a wall meter"
+        device = "this machine, process not visible" if _is_here(endpoint.host) else ELSEWHERE
     return {
         "engine": f"server ({engine})",
         "engine_version": version,
@@ -332,10 +346,74 @@ _WAYS: tuple[Mapping[str, Any], ...] = (
 
 # --- the same without tuner ------------------------------------------------------------------
 
+_CLIENT = string.Template('''\
+"""Sends each line of standard input as a prompt; the answers come out in the same order."""
 
-def command(config: Config, target: Target) -> str:
-    """A command that sends the lines of its input as `config` says."""
-    return client(config, target, {"model": _model(_endpoint(target), target)}).command()
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, Request, build_opener
+
+URL = $url
+BODY = $body
+KEYS = $keys
+IN_FLIGHT = $in_flight
+
+# As other filters end: on Ctrl-C, and where nobody reads on.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+headers = {"Content-Type": "application/json"}
+for name in KEYS:
+    if key := os.environ.get(name):
+        if not (key.isascii() and key.isprintable()):
+            sys.exit(f"{name}: expected a key of printable ASCII characters on one line; set it anew")
+        headers["Authorization"] = f"Bearer {key}"
+        break
+send = build_opener(ProxyHandler({})).open
+
+
+def ask(line):
+    prompt = line.decode().strip()
+    request = Request(URL, json.dumps(BODY | {$prompt}).encode(), headers)
+    try:
+        with send(request) as answer:
+            return json.load(answer)["choices"][0]$text
+    except HTTPError as error:
+        said = error.read(300).decode(errors="replace")
+        raise OSError(f"{error}: {said}") from None
+
+
+def read():
+    try:
+        for number, line in enumerate(sys.stdin.buffer, 1):
+            if line.strip():
+                asked.put((number, pool.submit(ask, line)))
+    finally:
+        asked.put(None)
+
+
+# Reading runs ahead of printing, but not without end.
+asked = queue.Queue(IN_FLIGHT + 1000)
+pool = ThreadPoolExecutor(IN_FLIGHT)
+threading.Thread(target=read, daemon=True).start()
+failed = False
+while item := asked.get():
+    number, answer = item
+    try:
+        print(answer.result(), flush=True)
+    except Exception as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"line {number}: {cause}", file=sys.stderr, flush=True)
+        failed = True
+sys.exit(failed)
+''')
+"""Reads in a thread of its own, so that an answer is printed while the next line is waited for."""
 
 
 def client(config: Config, target: Target, said: Mapping[str, Value]) -> Service:
@@ -345,32 +423,18 @@ def client(config: Config, target: Target, said: Mapping[str, Value]) -> Service
     """
     assert target.url is not None
     chat = said.get("prompts_as") == "chat"
-    url = f"{Endpoint.parse(target.url)}/{'chat/' if chat else ''}completions"
     body = {
         "model": str(target.model or said["model"]),
         "max_tokens": int(config.get("max_tokens", target.output_tokens)),
     }
-    prompt = "'messages': [{'role': 'user', 'content': prompt}]" if chat else "'prompt': prompt"
-    text = "['message']['content']" if chat else "['text']"
-    imports = [
-        "import json, os, sys",
-        "from concurrent.futures import ThreadPoolExecutor",
-        "from urllib.request import ProxyHandler, Request, build_opener",
-    ]
-    statements = [
-        f"url = {url!r}",
-        f"body = {body!r}",
-        "headers = {'Content-Type': 'application/json'}",
-        "key = os.environ.get('TUNE_SERVER_KEY')",
-        "headers |= {'Authorization': 'Bearer ' + key} if key else {}",
-        f"data = lambda prompt: json.dumps(body | {{{prompt}}}).encode()",
-        "send = build_opener(ProxyHandler({})).open",
-        f"ask = lambda prompt: json.load(send(Request(url, data(prompt), headers)))['choices'][0]{text}",
-        f"in_flight = ThreadPoolExecutor({int(config.get('concurrency', target.prompts))})",
-        "[print(answer, flush=True) for answer in in_flight.map(ask, filter(None, map(str.strip, sys.stdin)))]",
-    ]
-    head = f'"""Sends each line of standard input as a prompt to {url}."""'
-    return Service(
-        argv=("python3", "-c", "; ".join([*imports, *statements])),
-        python="\n".join([head, "", *imports, "", *statements, ""]),
+    # JSON of texts and numbers is Python too, and its quotes need no quoting in a shell.
+    literal = functools.partial(json.dumps, ensure_ascii=False)
+    script = _CLIENT.substitute(
+        url=literal(f"{Endpoint.parse(target.url)}/{'chat/' if chat else ''}completions"),
+        body=literal(body),
+        keys=literal(_keys(here=said.get("device") != ELSEWHERE)),
+        in_flight=int(config.get("concurrency", target.prompts)),
+        prompt='"messages": [{"role": "user", "content": prompt}]' if chat else '"prompt": prompt',
+        text='["message"]["content"] or ""' if chat else '["text"]',
     )
+    return Service(argv=("python3", "-c", script), python=script)

@@ -68,6 +68,12 @@ def test_a_runner_may_define_dataclasses(tmp_path):
     assert load_runner(path).A().x == 0
 
 
+def test_a_runner_that_starts_no_engine_has_a_client_in_place_of_a_command(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def space(t): ...\ndef identity(t): ...\ndef launch(c, t): ...\ndef client(c, t, s): ...\n")
+    assert not hasattr(load_runner(path), "command")
+
+
 @pytest.mark.parametrize(("kind", "name"), [("prompts", "enhanced"), ("runners", "llama")])
 def test_what_came_with_tune_is_known_as_such_in_a_checkout_too(kind, name):
     assert shipped(find(kind, name, local=False))

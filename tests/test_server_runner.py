@@ -77,6 +77,7 @@ def llama(tmp_path_factory):
 class TestServer(RunnerContract):
     # More tokens than the context that the server was started with.
     unloadable: ClassVar = {"max_tokens": 100_000}
+    starts_none: ClassVar = True
 
     @pytest.fixture
     def runner(self, runner):
@@ -239,7 +240,44 @@ def test_the_providers_key_stays_away_from_this_machine(runner, monkeypatch):
         with runner.launch(runner.space(target).default(), target):
             pass
         assert engine.headers[-1]["Authorization"] == "Bearer sk-provider"
-        assert "sk-" not in runner.command(runner.space(target).default(), target) + runner.describe(target)
+        assert "sk-" not in runner.describe(target)
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "keys", "sent"),
+    [
+        (False, {"OPENAI_API_KEY": "sk-provider"}, None),
+        (False, {"OPENAI_API_KEY": "sk-provider", "TUNE_SERVER_KEY": "sk-own"}, "Bearer sk-own"),
+        (True, {"OPENAI_API_KEY": "sk-provider"}, "Bearer sk-provider"),
+        (True, {"OPENAI_API_KEY": "sk-provider", "TUNE_SERVER_KEY": "sk-own"}, "Bearer sk-own"),
+        (True, {"OPENAI_API_KEY": ""}, None),
+    ],
+)
+def test_the_printed_client_sends_the_key_that_the_study_sent(runner, monkeypatch, elsewhere, keys, sent):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    for name, key in keys.items():
+        monkeypatch.setenv(name, key)
+    if elsewhere:
+        monkeypatch.setenv("TUNE_REMOTE_SERVER", "1")
+        monkeypatch.setattr(runner, "_is_here", lambda _: False)
+    with Engine() as engine:
+        target = target_of(engine)
+        with runner.launch(runner.space(target).default(), target):
+            pass
+        assert engine.headers[-1].get("Authorization") == sent
+        command = runner.client({"concurrency": 1}, target, runner.identity(target)).command()
+        assert "sk-" not in command
+        sent_by(command, engine, "a\n")
+        assert engine.headers[-1].get("Authorization") == sent
+
+
+def test_the_printed_client_shows_no_key_that_no_header_can_hold(runner):
+    with Engine() as engine:
+        command = runner.client({"concurrency": 1}, target_of(engine), {"model": "m"}).command()
+        done = piped(command, "a\n", env={**os.environ, "TUNE_SERVER_KEY": "sk-a\nb"})
+        assert engine.requests == []
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "TUNE_SERVER_KEY: expected a key of printable ASCII characters on one line; set it anew\n"
 
 
 @pytest.mark.parametrize(
@@ -318,15 +356,20 @@ def test_an_open_loop_leaves_only_the_length_to_tune(runner):
         assert runner.space(lossy).names == ("max_tokens",)
         with runner.launch(runner.space(lossy).default(), lossy) as served:
             assert served.run_pass().units == 16
-        command = runner.command(runner.space(lossy).complete({"max_tokens": 2}), lossy)
+        config = runner.space(lossy).complete({"max_tokens": 2})
+        command = runner.client(config, lossy, runner.identity(lossy)).command()
         assert [asked["max_tokens"] for asked in sent_by(command, engine, "one\ntwo\n")] == [2, 2]
+
+
+def piped(command, lines, **more):
+    return subprocess.run(["/bin/sh", "-c", command], input=lines, capture_output=True, text=True, timeout=60, **more)
 
 
 def sent_by(command, engine, lines):
     """The requests that a printed command sends when a person types it and its prompts."""
     before = len(engine.requests)
-    done = subprocess.run(["/bin/sh", "-c", command], input=lines, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    done = piped(command, lines)
+    assert (done.returncode, done.stderr) == (0, "")
     sent = engine.requests[before:]
     # The stand-in answers with an x for each token.
     assert done.stdout.splitlines() == ["x" * asked["max_tokens"] for asked in sent]
@@ -360,14 +403,51 @@ def test_the_printed_client_as_a_file_does_the_same(runner, tmp_path):
     assert len(sent) == 3
 
 
-def test_the_printed_client_takes_the_key_from_its_environment_and_no_proxy(runner, monkeypatch):
-    monkeypatch.setenv("TUNE_SERVER_KEY", "sk-own")
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+def test_the_printed_client_tells_a_failed_line_and_goes_on(runner):
+    with Engine("every-other") as engine:
+        command = runner.client({"concurrency": 1}, target_of(engine), {"model": "m"}).command()
+        done = piped(command, "a\n\nb\nc\nd\n")
+    assert done.stdout == "xxxx\n" * 2
+    told = done.stderr.splitlines()
+    assert [line.partition(":")[0] for line in told] == ["line 3", "line 5"]
+    assert all("HTTP Error 500: " in line and "EngineCore encountered an issue" in line for line in told)
+    assert done.returncode == 1
+
+
+def test_the_printed_client_answers_while_its_pipe_stays_open_and_in_order(runner):
+    with Engine(token_seconds=0.05) as engine:
+        command = runner.client({"concurrency": 2}, target_of(engine, output_tokens=1), {"model": "m"}).command()
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen(["/bin/sh", "-c", command], text=True, bufsize=1, **pipes) as shell:
+            shell.stdin.write("one\n")
+            assert shell.stdout.readline() == "x\n"
+            shell.stdin.write("two\nthree\nfour\nfive\n")
+            assert [shell.stdout.readline() for _ in range(4)] == ["x\n"] * 4
+            assert shell.poll() is None
+            shell.stdin.close()
+            assert shell.wait(10) == 0
+    assert engine.most_in_flight == 2
+
+
+def test_the_printed_client_keeps_the_order_of_its_lines(runner):
+    """The stand-in answers with as many letters as it was asked for tokens; here each line has an answer of its own."""
+    echo = Engine("ok")
+    served = echo.server.RequestHandlerClass
+    served.at_once = lambda handler, asked, prompt, _: (
+        time.sleep(0.3 / len(prompt)),
+        handler.reply(200, {"choices": [{"text": f"to {prompt}"}]}),
+    )
+    with echo:
+        command = runner.client({"concurrency": 4}, target_of(echo), {"model": "m"}).command()
+        done = piped(command, "a\nbb\ncccc\ndddddddd\n")
+    assert done.stdout.split("\n") == ["to a", "to bb", "to cccc", "to dddddddd", ""]
+
+
+def test_the_printed_client_ends_quietly_where_nobody_reads_on(runner):
     with Engine() as engine:
-        command = runner.client({"concurrency": 1}, target_of(engine, model="m"), {}).command()
-        assert "sk-own" not in command
-        sent_by(command, engine, "a\n")
-        assert engine.headers[-1]["Authorization"] == "Bearer sk-own"
+        command = runner.client({"concurrency": 1}, target_of(engine), {"model": "m"}).command()
+        done = piped(f"{command} | head -n 1", "a\nb\nc\n")
+    assert (done.stdout, done.stderr) == ("xxxx\n", "")
 
 
 def test_a_forwarder_is_not_the_server(runner, monkeypatch):

@@ -31,6 +31,9 @@ class RunnerContract:
     unit: ClassVar[str] = "token"
     """What a pass makes; images have no prompt tokens to count."""
 
+    starts_none: ClassVar[bool] = False
+    """Whether it starts no engine: a client is printed, where others print a command."""
+
     one_clock: ClassVar[str | None] = None
     """Why prefill and decode cannot be timed apart; None where they are."""
 
@@ -56,19 +59,11 @@ class RunnerContract:
     def default(self, space: SearchSpace) -> Config:
         return space.default()
 
-    @pytest.mark.parametrize(
-        ("name", "parameters"),
-        [
-            ("space", ["target"]),
-            ("identity", ["target"]),
-            ("launch", ["config", "target"]),
-            ("command", ["config", "target"]),
-        ],
-    )
-    def test_the_four_functions_take_what_the_protocol_says(
-        self, runner: Any, name: str, parameters: list[str]
-    ) -> None:
-        assert list(inspect.signature(getattr(runner, name)).parameters) == parameters
+    def test_the_four_functions_take_what_the_protocol_says(self, runner: Any) -> None:
+        taken = {"space": ["target"], "identity": ["target"], "launch": ["config", "target"]}
+        last = {"client": ["config", "target", "said"]} if self.starts_none else {"command": ["config", "target"]}
+        assert {n: list(inspect.signature(getattr(runner, n)).parameters) for n in taken | last} == taken | last
+        assert hasattr(runner, "command") != self.starts_none
 
     def test_the_default_configuration_passes_its_own_check(self, space: SearchSpace, default: Config) -> None:
         assert space.check(default) == default
@@ -161,9 +156,12 @@ class RunnerContract:
     def test_the_command_survives_the_shell(self, runner: Any, target: Target, space: SearchSpace) -> None:
         for parameter in space.free:
             for value in parameter.neighbours(parameter.default):
-                command = runner.command({**space.default(), parameter.name: value}, target)
+                config = {**space.default(), parameter.name: value}
+                if self.starts_none:
+                    command = runner.client(config, target, runner.identity(target)).command()
+                else:
+                    command = runner.command(config, target)
                 assert shlex.join(shlex.split(command)) == command
-                assert "\n" not in command
 
 
 def _traces() -> set[tuple[str, int]]:
