@@ -22,7 +22,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tuner.intervals import CONFIDENCE, student_t, t_interval
 from tuner.limits import QUALITY_LOSS, columns_of
@@ -234,7 +234,7 @@ def best_at_equal_quality(
         loss = quality_loss([trial])
         return not lossy_changes(space, trial.config) or (loss is not None and loss <= most)
 
-    found = history.least(equal)
+    found = replace(history, trials=tuple(filter(equal, history.trials))).best
     return None if found is history.best else found
 
 

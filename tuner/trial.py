@@ -739,11 +739,7 @@ class History:
     @property
     def best(self) -> Trial | None:
         """Least joules per unit; the earlier one of two equals."""
-        return self.least(lambda _: True)
-
-    def least(self, among: Callable[[Trial], bool]) -> Trial | None:
-        """The best of those for which `among` holds."""
-        return min(filter(among, self.measured), key=lambda t: (t.joules_per_unit or 0.0, t.number), default=None)
+        return min(self.measured, key=lambda t: (t.joules_per_unit or 0.0, t.number), default=None)
 
     def find(self, config: Mapping[str, Value]) -> Trial | None:
         """The newest comparable trial of this very configuration."""
