@@ -14,6 +14,20 @@ SPACE = SearchSpace(
     (Constraint("threads <= parallel", lambda c: c["threads"] <= c["parallel"]),),
 )
 
+LOSSY = SearchSpace(
+    (
+        *SPACE.parameters,
+        Choice(name="cache", meaning="Type of the cache.", default="f16", values=("f16", "q8", "q4"), effect="lossy"),
+    ),
+    SPACE.constraints,
+)
+
+
+def lossy(number, cache, joules_per_unit, loss=None, **changes):
+    """A trial in `LOSSY`, whose engine reports `loss` where one is given."""
+    figures = {} if loss is None else {"quality_loss": loss}
+    return trial(number, {"cache": cache, **changes}, (joules_per_unit,), figures=figures)
+
 
 def window(joules_per_unit, *, units=100, quality="measured", invalid=(), seconds=2.0):
     joules = joules_per_unit * units

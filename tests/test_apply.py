@@ -17,7 +17,7 @@ from commands import in_a_process, typed
 from fakes.openai_server import Engine
 from hypothesis import given
 from hypothesis import strategies as st
-from records import SPACE, trial
+from records import LOSSY, SPACE, lossy, trial
 
 from tuner.apply import FORMS, Chosen, Launch, choose, launch_of, not_here, render, save, systemd_word, yaml, yaml_text
 from tuner.control import CLOCK, POWER
@@ -131,6 +131,13 @@ def test_the_best_of_the_search_is_taken_where_somebody_asks_for_it(found):
     assert chosen.config == {**SPACE.default(), **BEST}
     assert not chosen.confirmed
     assert chosen.said == "trial 1 is the best of the search; no saving is confirmed"
+
+
+def test_what_the_best_of_the_search_costs_in_quality_is_said():
+    found = study(trials=[lossy(0, "f16", 1.0, 0.0), lossy(1, "q4", 0.7, 0.25)])
+    found = replace(found, header=replace(found.header, space=tuple(LOSSY.record())))
+    said = "trial 1 is the best of the search (quality_loss 0.25 nats/token); no saving is confirmed"
+    assert choose(found, unconfirmed=True).said == said
 
 
 def test_nothing_measured_is_refused_even_then():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from records import SPACE, trial, window
+from records import LOSSY, SPACE, lossy, trial, window
 
 from tuner.cli import DEFAULT_PAIRS
 from tuner.confirm import (
@@ -830,6 +830,53 @@ def test_what_has_to_stay_changed_is_not_said_behind_the_saving(tmp_path):
         confirmed(journal, launcher, ALL, FLASH_IS_CLEAR)
         prune(journal, launcher, SPACE, 6, nobody)
         assert re.search(r"pairs\)\. threads can stay at default: at most 0\.\d % more\.$", concluded(journal.study))
+
+
+LOSSY_HEADER = replace(HEADER, space=tuple(LOSSY.record()))
+CHANGED = {**LOSSY.default(), "cache": "q8", "parallel": 8}
+
+
+def lossy_pair(number, loss):
+    best = lossy(1, "q8", EIGHT[number], loss, parallel=8)
+    return Pair(
+        number=number, default=lossy(0, "f16", 1.0, 0.0), best=best, default_first=True, config=CHANGED, planned=8
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "end"),
+    [
+        ([0.01 * n for n in range(8)], "8 pairs); quality_loss 0.035 nats/token."),
+        ([None] * 8, "8 pairs); quality not measured."),
+    ],
+)
+def test_what_a_saving_costs_in_quality_stands_beside_it(losses, end):
+    found = saving([lossy_pair(n, loss) for n, loss in enumerate(losses)], LOSSY_HEADER)
+    assert verdict(found, 8, 8).endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("dropped", "shorter", "end"),
+    [
+        ("cache", lossy(1, "f16", 0.7, 0.0, parallel=8), "% more, and no quality lost."),
+        ("parallel", lossy(1, "q8", 0.7, 0.02), "% more."),
+    ],
+)
+def test_a_shorter_setting_that_loses_less_quality_says_so(tmp_path, dropped, shorter, end):
+    with Journal.create(tmp_path, LOSSY_HEADER) as journal:
+        for number in range(8):
+            journal.append(lossy_pair(number, 0.02))
+        for number in range(6):
+            kept = lossy(1, "q8", 0.7, 0.02, parallel=8)
+            journal.append(
+                Prune(
+                    number=number, kept=kept, shorter=shorter, kept_first=True, config=shorter.config,
+                    dropped=(dropped,), planned=6,
+                )
+            )  # fmt: skip
+        said = concluded(journal.study)
+    assert "quality_loss 0.02 nats/token" in said
+    assert said.endswith(end)
 
 
 def study_with(folder, ratios):

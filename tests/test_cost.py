@@ -341,6 +341,13 @@ def test_an_interval_of_more_than_95_percent_says_so():
     assert said(assess(study(), shown, NOTHING))["saving"] == "30 % (97.5 % CI 30 to 31 %, 6 fresh pairs)"
 
 
+def test_what_the_saving_costs_in_quality_stands_beside_it():
+    found = study()
+    shown = replace(saving(found.pairs, found.header), loss="quality_loss 0.25 nats/token")
+    line = said(assess(found, shown, NOTHING))["saving"]
+    assert line == "30 % (95 % CI 30 to 31 %, 6 fresh pairs); quality_loss 0.25 nats/token"
+
+
 def test_pairs_that_are_not_complete_claim_nothing_whatever_they_show():
     found = study(pairs=PAIRS[:4])
     shown = Saving(ratio=0.7, low=0.69, high=0.71, pairs=4, quality="measured", best_joules_per_unit=0.7)

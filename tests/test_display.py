@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from records import SPACE, trial, window
+from records import LOSSY, SPACE, lossy, trial, window
 from rich.console import Console
 
 from tuner.display import Screen
@@ -602,6 +602,37 @@ def test_a_launch_command_stands_as_it_is_typed_however_long_it_is():
 def test_a_launch_command_keeps_the_line_breaks_in_its_words():
     command = shlex.join(["python3", "-c", "for n in range(2):\n    print(n)\n"])
     assert f"\n{command}\n" in summed(HISTORY, command=command)
+
+
+WITH_LOSS = History(
+    trials=(lossy(0, "f16", 1.0, 0.0), lossy(1, "f16", 0.9, 0.0, parallel=8), lossy(2, "q4", 0.5, 0.25))
+)
+
+
+def test_a_best_that_costs_quality_says_how_much_and_which_one_costs_none():
+    said = one_line(summed(WITH_LOSS, space=LOSSY))
+    assert "best 500 mJ/token ± 4.0 %, 0.50x the default, quality_loss 0.25 nats/token, trial 2 by rules" in said
+    assert "best at equal quality 900 mJ/token ± 4.0 %, 0.90x the default, trial 1 by rules" in said
+
+
+def test_where_nothing_but_the_default_keeps_the_quality_it_is_named_so():
+    only = History(trials=WITH_LOSS.trials[::2])
+    assert "best at equal quality 1.00 J/token ± 4.0 %, the default" in one_line(summed(only, space=LOSSY))
+
+
+def test_with_a_limit_on_quality_the_best_is_the_best():
+    said = one_line(summed(WITH_LOSS, space=LOSSY, limits=["quality_loss<=0.3"]))
+    assert "quality_loss 0.25 nats/token" in said
+    assert "equal quality" not in said
+
+
+def test_a_report_ends_with_a_best_that_costs_quality_and_the_one_that_costs_none():
+    desk = Desk()
+    known = replace(header(), space=tuple(LOSSY.record()))
+    desk.screen.report(Study(folder=Path("x"), header=known, history=WITH_LOSS))
+    said = one_line(desk.out)
+    assert "best 500 mJ/token ± 4.0 %, 0.50x the default, quality_loss 0.25 nats/token, trial 2 by rules" in said
+    assert "best at equal quality 900 mJ/token ± 4.0 %, 0.90x the default, trial 1 by rules" in said
 
 
 def test_a_best_within_noise_says_so():

@@ -1,13 +1,16 @@
 """`tune run`, `tune report` and `tune apply` on each engine: real ones, as small as they are made.
 
-An engine is tuned once, and each test looks at one side of what came of it; vLLM alone is a stand-in here (the real one
-takes minutes to start; tests/test_vllm_runner.py has it).
+An engine is tuned once, and each test looks at one side of what came of it. `STAND_INS` are executables that speak an
+engine's flags and API (tests/test_vllm_runner.py has vLLM itself, which takes a minute to start).
 """
 
+import contextlib
 import fcntl
 import importlib.util
+import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from printed import noted
 
 from tuner.journal import read
 from tuner.serving import Endpoint, free_port
@@ -26,6 +30,7 @@ TUNE = [sys.executable, "-m", "tuner.cli"]
 LOAD = ["--prompts", "2", "--prompt-tokens", "8", "--output-tokens", "4"]
 MARK = "TUNE_END_TO_END"
 """A variable that everything below a run inherits, by which what it left behind is found."""
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux has it
 
 BENCH = """
 import hashlib, json, sys, tempfile
@@ -72,13 +77,21 @@ def command(folder, environment):
     yield ["--workload", "bench.toml"]
 
 
-def vllm(folder, environment):
-    path = str(FAKES / "vllm_server.py")
-    code = f"import runpy, sys\nsys.argv[0] = 'vllm'\nrunpy.run_path({path!r}, run_name='__main__')"
-    (folder / "vllm").write_text(f"#!{sys.executable}\n{code}\n")
-    (folder / "vllm").chmod(0o755)
-    environment["TUNE_VLLM"] = str(folder / "vllm")
-    yield ["--workload", "vllm", *LOAD]
+def stand_in(name, *words):
+    """An engine's executable that is a file of `tests/fakes`: it leaves a note and has a segment of shared memory."""
+
+    def engine(folder, environment):
+        short = name.removesuffix("-server")
+        fake = str(FAKES / f"{short}_server.py")
+        code = f"import runpy, sys\nsys.argv[0] = {name!r}\nrunpy.run_path({fake!r}, run_name='__main__')"
+        (folder / name).write_text(f"#!{sys.executable}\n{code}\n")
+        (folder / name).chmod(0o755)
+        environment[f"TUNE_{name.replace('-', '_').upper()}"] = str(folder / name)
+        environment[f"FAKE_{short.upper()}_NOTE"] = str(folder / "note")
+        environment["FAKE_SHARED_MEMORY"] = f"psm_{environment[MARK]}"
+        yield ["--workload", name, *words, *LOAD]
+
+    return engine
 
 
 def server(folder, environment):
@@ -107,8 +120,13 @@ ENGINES = {
     "llama": (llama, "token", needs("xllamacpp")),
     "server": (server, "token", needs("xllamacpp")),
     "command": (command, "token", None),
-    "vllm": (vllm, "token", None),
+    "vllm": (stand_in("vllm"), "token", None),
+    "llama-server": (stand_in("llama-server", "--size", "tiny"), "token", None),
+    "sglang": (stand_in("sglang", "--engine-arg=--device=cpu"), "token", None),
+    "ollama": (stand_in("ollama", "--model", "tiny"), "token", None),
 }
+
+STAND_INS = ("vllm", "llama-server", "sglang", "ollama")
 
 
 def answers(port):
@@ -118,11 +136,24 @@ def answers(port):
         return False
 
 
+def listens(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+        return True
+    return False
+
+
 def until(holds, seconds):
     deadline = time.monotonic() + seconds
     while not (found := holds()) and time.monotonic() < deadline:
         time.sleep(0.05)
     return found
+
+
+def port_of(note):
+    """Where the stand-in that left this note listened."""
+    last = noted(note)
+    given = dict(itertools.pairwise(last.words)) | {"--host": last.env.get("OLLAMA_HOST", "")}
+    return int(given.get("--port") or given["--host"].rpartition(":")[2])
 
 
 def marked(mark):
@@ -170,6 +201,10 @@ def tuned(name, folder):
         until(lambda: not marked(mark), 5)
         left = marked(mark)
         said = {"code": done.returncode, "out": done.stdout, "err": done.stderr, "left": left, "seconds": seconds}
+        said["shared_memory"] = [path.name for path in SHARED_MEMORY.iterdir() if mark in path.name]
+        if name in STAND_INS:
+            said["port"] = port_of(folder / "note")
+            said["listens"] = listens(said["port"])
         for verb, more in (("report", []), ("apply", ["--unconfirmed"])):
             then = tune(folder, environment, verb, "results/s", *more)
             said[verb] = {"code": then.returncode, "out": then.stdout, "err": then.stderr}
@@ -203,7 +238,15 @@ class Run:
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ENGINES])
 def run(request, shared):
-    name = request.param
+    return run_of(request.param, shared)
+
+
+@pytest.fixture(params=STAND_INS)
+def of_stand_in(request, shared):
+    return run_of(request.param, shared)
+
+
+def run_of(name, shared):
     if why := ENGINES[name][2]:
         pytest.skip(why)
     folder = shared / name
@@ -246,6 +289,15 @@ def test_nothing_is_left_running(run):
 
 def test_no_temporary_file_is_left(run):
     assert run.said["files"] == []
+
+
+def test_the_port_is_free_again(of_stand_in):
+    assert of_stand_in.said["port"] > 1023
+    assert not of_stand_in.said["listens"]
+
+
+def test_the_engines_shared_memory_is_gone(of_stand_in):
+    assert of_stand_in.said["shared_memory"] == []
 
 
 def test_the_journal_and_everything_that_is_said_use_the_engines_unit(run):

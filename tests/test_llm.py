@@ -37,6 +37,32 @@ def prompt_of(template, history, view=VIEW, space=SPACE):
     return render(read_template(template), template, view.of(space, history))
 
 
+LOADS = {"load_seconds": 12.0, "load_energy": {"cpu0": Energy(320.0, 200.0, 400.0)}}
+
+
+@pytest.mark.parametrize(
+    ("quality", "loads", "said"),
+    [
+        ("measured", LOADS, "restarts the engine, which takes about 12 s and 320 J; parallel changes"),
+        ("estimated", LOADS, "restarts the engine, which takes about 12 s and 320 J (estimated); parallel changes"),
+        ("measured", {"load_seconds": 12.0}, "restarts the engine, which takes about 12 s; parallel changes"),
+    ],
+)
+def test_the_enhanced_prompt_says_what_a_restart_takes_and_how_that_is_known(quality, loads, said):
+    parallel, *others = SPACE.parameters
+    space = replace(SPACE, parameters=(replace(parallel, scope="request"), *others))
+    view = replace(VIEW, workload={**VIEW.workload, "quality": quality})
+    assert said in prompt_of(ENHANCED, History().add(trial(0, **loads)), view, space)
+
+
+def test_the_baseline_prompt_stays_as_plain_as_the_papers():
+    parallel, *others = SPACE.parameters
+    space = replace(SPACE, parameters=(replace(parallel, scope="request"), *others))
+    prompt = prompt_of(BASELINE, History().add(trial(0, **LOADS)), space=space)
+    assert "320 J" not in prompt
+    assert "start" not in prompt
+
+
 # --- asking ---
 
 

@@ -5,15 +5,85 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from records import SPACE, trial, window
+from records import LOSSY, SPACE, lossy, trial, window
 
 from tuner import summary
-from tuner.summary import ASSUMED, against, clean, effects, half_width, interval, noise
-from tuner.trial import Decision, Energy, Exchange, History, Noise, Proposal, Reply
+from tuner.summary import (
+    ASSUMED,
+    against,
+    best_at_equal_quality,
+    clean,
+    effects,
+    half_width,
+    interval,
+    loss_text,
+    noise,
+)
+from tuner.trial import Decision, Energy, Exchange, History, Noise, Proposal, Reply, Work
 
 
 def history(*trials):
     return History(trials=trials)
+
+
+# --- what it costs in quality ---
+
+
+def of_images(launch):
+    return replace(
+        launch, measurements=tuple(replace(m, work=Work(units=4, unit="image")) for m in launch.measurements)
+    )
+
+
+@pytest.mark.parametrize(
+    ("launch", "said"),
+    [
+        (lossy(1, "q8", 0.7, 0.01234), "quality_loss 0.01234 nats/token"),
+        (of_images(lossy(1, "q8", 0.7, 0.25)), "quality_loss 0.25 (1 - SSIM)"),
+        (lossy(1, "q8", 0.7), "quality not measured"),
+        (lossy(1, "f16", 0.7, 0.01, parallel=8), ""),
+        (trial(1, {"parallel": 8}), ""),
+    ],
+)
+def test_what_a_lossy_setting_costs_is_said_with_its_unit(launch, said):
+    assert loss_text(LOSSY.record(), [launch]) == said
+
+
+def test_the_loss_is_the_mean_of_the_launches_that_measured_it():
+    launches = [lossy(1, "q8", 0.7, 0.01), lossy(1, "q8", 0.7), lossy(1, "q8", 0.7, 0.03)]
+    assert loss_text(LOSSY.record(), launches) == "quality_loss 0.02 nats/token"
+
+
+DEFAULT = lossy(0, "f16", 1.0, 0.0)
+WORSE = lossy(1, "q4", 0.5, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("others", "number"),
+    [
+        ([], 0),
+        ([lossy(2, "f16", 0.9, 0.3, parallel=8), lossy(3, "f16", 0.8, 0.3, parallel=2)], 3),
+        ([lossy(2, "q8", 0.7, 1e-7)], 2),
+        ([lossy(2, "q8", 0.7, -0.01)], 2),
+        ([lossy(2, "q8", 0.7, 1e-5)], 0),
+        ([lossy(2, "q8", 0.7)], 0),
+        ([lossy(2, "q8", 0.4, 0.0)], None),
+        ([lossy(2, "f16", 0.4, 0.2, parallel=8)], None),
+    ],
+)
+def test_beside_a_best_that_loses_quality_stands_the_best_of_those_that_lose_none(others, number):
+    found = best_at_equal_quality(history(DEFAULT, WORSE, *others), LOSSY.record(), ["ttft_p95_s<=1"])
+    assert (found.number if found else None) == number
+
+
+def test_a_loss_that_the_defaults_own_launches_show_is_none():
+    judged_again = replace(DEFAULT, repeats=(lossy(0, "f16", 1.0, 0.002),))
+    trials = (judged_again, WORSE, lossy(2, "q8", 0.7, 0.002), lossy(3, "q8", 0.6, 0.003, parallel=8))
+    assert best_at_equal_quality(history(*trials), LOSSY.record(), []).number == 2
+
+
+def test_a_limit_on_the_loss_says_itself_how_much_is_none():
+    assert best_at_equal_quality(history(DEFAULT, WORSE), LOSSY.record(), ["quality_loss<=0.5"]) is None
 
 
 # --- one trial against another ---

@@ -1,8 +1,10 @@
 """The vLLM runner: against a stand-in that speaks its flags and its API, and, where it is installed, against vLLM."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -21,14 +23,13 @@ from contracts.runner_contract import RunnerContract
 from printed import noted, typed_at_a_shell
 
 from tuner.apply import FORMS, NEEDS, Launch, render
-from tuner.evaluate import Launcher
 from tuner.installed import Program
-from tuner.journal import Plan
+from tuner.journal import read
 from tuner.models import hugging_face
 from tuner.quality import TEXT
 from tuner.serving import free_port
-from tuner.space import Refused
-from tuner.trial import Judged, Proposal, Target
+from tuner.space import Refused, show
+from tuner.trial import Judged, Target
 
 RUNNER = Path(__file__).parents[1] / "runners" / "vllm.py"
 FAKES = Path(__file__).parent / "fakes"
@@ -892,30 +893,47 @@ def test_the_printed_command_starts_vllm_itself_as_it_was_measured(vllm, log, tm
 
 @pytest.mark.slow
 @pytest.mark.skipif(REAL is None, reason="TUNE_VLLM names no vLLM: the runner was tested against a stand-in only")
-def test_vllm_itself_leaves_neither_shared_memory_nor_files_when_it_was_held(vllm, tmp_path, monkeypatch):
+def test_vllm_itself_is_tuned_in_one_start_and_leaves_neither_shared_memory_nor_files(vllm, tmp_path):
+    target = Target(prompts=2, prompt_tokens=32, output_tokens=8)
+    pinned = vllm.space(target).complete({"compilation": "eager"})
+    del pinned["concurrency"]
     # Not below `tmp_path`: that is too long for a socket's path.
     scratch = Path(tempfile.mkdtemp())
-    monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    target = Target(prompts=2, prompt_tokens=32, output_tokens=8)
-    config = vllm.space(target).complete({"compilation": "eager"})
-    before = set(SHARED_MEMORY.iterdir())
-    launcher = Launcher(
-        folder=tmp_path,
-        runner=RUNNER,
-        target=target,
-        meters=("estimate",),
-        meter_options={},
-        plan=Plan(windows=1, window_seconds=0.1, timeout_seconds=600, most_others=1.0),
-        changeable=frozenset({"concurrency"}),
-    )
-    try:
-        assert launcher(0, Proposal(config=config, source="rules")).error is None
-        held = set(SHARED_MEMORY.iterdir()) - before
-        assert any(path.name.startswith("psm_") for path in held)
-    finally:
-        launcher.known.close()
-    assert not [path for path in held if path.name.startswith("psm_") and path.exists()]
+    tune = [sys.executable, "-m", "tuner.cli"]
+    words = ["--batch", "--proposer", "grid", "--trials", "2", "--fast", "--windows", "1", "--window", "0.1s"]
+    words += ["--warm-up", "0.1s..0.2s", "--most-others", "1", "--meter", "estimate", "--name", "s"]
+    words += ["--prompts", "2", "--prompt-tokens", "32", "--output-tokens", "8"]
+    words += [f"--pin={name}={show(value)}" for name, value in pinned.items()]
+    environment = {**os.environ, "PYTHONPATH": str(RUNNER.parents[1]), "TMPDIR": str(scratch)}
+    held = set()
+    with (tmp_path / "out").open("wb") as out:
+        run = subprocess.Popen(
+            [*tune, "run", "--workload", "vllm", *words], cwd=tmp_path, env=environment, stdout=out, stderr=out
+        )
+        while run.poll() is None:
+            held |= shared_memory_below(run.pid)
+            time.sleep(0.5)
+    assert run.returncode == 0, (tmp_path / "out").read_text()
+    trials = read(tmp_path / "results" / "s").history.trials
+    assert [(t.error, t.reused, t.config["concurrency"]) for t in trials] == [(None, False, 2), (None, True, 1)]
+    assert held
+    assert not [path for path in held if path.exists()]
     scratch.rmdir()
+    report = subprocess.run(
+        [*tune, "report", "results/s"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert "concurrency 2 -> 1" in report.stdout, report.stderr
+
+
+def shared_memory_below(pid):
+    """Python's segments of shared memory that the processes below this one have mapped."""
+    found = set()
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(OSError):
+                maps = Path(f"/proc/{process.pid}/maps").read_text()
+                found.update(map(Path, re.findall(rf"{SHARED_MEMORY}/psm_\w+", maps)))
+    return found
 
 
 def trained_folder(vllm, folder):

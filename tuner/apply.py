@@ -31,7 +31,7 @@ from tuner.files import find, load_runner, shipped
 from tuner.journal import Study
 from tuner.machine import differences
 from tuner.space import Config, Refused, closest, excerpt, show
-from tuner.summary import changes_text, clean
+from tuner.summary import changes_text, clean, loss_text
 from tuner.trial import Runner, Service, Target
 
 Form = Literal["command", "compose", "systemd", "kubernetes", "modelfile", "python"]
@@ -74,7 +74,11 @@ def choose(study: Study, *, unconfirmed: bool) -> Chosen:
     if best is None:
         raise Refused(f"{folder}: nothing could be measured, so there is nothing to apply")
     if unconfirmed:
-        return Chosen(best.config, False, f"trial {best.number} is the best of the search; no saving is confirmed")
+        loss = loss_text(study.space, [best])
+        lost = f" ({loss})" if loss else ""
+        return Chosen(
+            best.config, False, f"trial {best.number} is the best of the search{lost}; no saving is confirmed"
+        )
     either = f"; `tune apply {folder} --unconfirmed` writes the best of the search all the same"
     if default is not None and best.config == default.config:
         raise Refused(f"{folder}: no setting used less energy than the default: leave the engine as it is{either}")

@@ -24,7 +24,7 @@ from tuner.journal import Header, Journal, Pair, Prune, Study
 from tuner.meters import MeterOptions
 from tuner.space import Config, Refused, SearchSpace, Value
 from tuner.study import FAILURES_IN_A_ROW
-from tuner.summary import effects, percent_text, ratio_text
+from tuner.summary import effects, loss_text, percent_text, quality_loss, ratio_text
 from tuner.trial import QUALITIES, History, Proposal, Quality, Trial
 
 Worth = Callable[[Trial], float | None]
@@ -74,6 +74,10 @@ class Saving:
     """Of the interval: higher for a second confirmation, whose chance to err adds to that of the first."""
     steps: float | None = None
     """How far the steps of a coarse counter alone may move the ratio (in ln); part of the interval."""
+    quality_loss: float | None = None
+    """Mean over the best's fresh runs, in nats per token or as 1 - SSIM; None where they did not measure it."""
+    loss: str = ""
+    """The same as a clause; empty where the best changes no parameter that can cost quality."""
 
     @property
     def shown(self) -> bool:
@@ -92,15 +96,18 @@ def saving(pairs: Sequence[Pair], header: Header, confidence: float = CONFIDENCE
     if not sides:
         return None
     mean, low, high = _compared(sides, header, confidence)
+    best = [b for _, b in sides]
     return Saving(
         ratio=math.exp(mean),
         low=None if low is None else math.exp(low),
         high=None if high is None else math.exp(high),
         pairs=len(sides),
         quality=_quality(sides),
-        best_joules_per_unit=statistics.geometric_mean([b.joules_per_unit or 0.0 for _, b in sides]),
+        best_joules_per_unit=statistics.geometric_mean([b.joules_per_unit or 0.0 for b in best]),
         confidence=confidence,
         steps=_steps(sides),
+        quality_loss=quality_loss(best),
+        loss=loss_text(header.space, best),
     )
 
 
@@ -202,7 +209,8 @@ def verdict(
     if not found.shown:
         return f"No saving shown: that of {who[0].lower()}{who[1:]} has the {beside}."
     estimated = "an estimated " if found.quality == "estimated" else ""
-    return f"{who} saves {estimated}{percent_text(1 - found.ratio)} ({beside})."
+    lost = f"; {found.loss}" if found.loss else ""
+    return f"{who} saves {estimated}{percent_text(1 - found.ratio)} ({beside}){lost}."
 
 
 def interval_text(low: float, high: float) -> str:
@@ -255,8 +263,18 @@ def concluded(study: Study) -> str | None:
     for attempt in shortened(study)[1]:
         if attempt.keeps_the_gain and attempt.bound is not None:
             most = percent_text(max(attempt.bound - 1, 0.0))
-            said += f" {', '.join(attempt.dropped)} can stay at default: at most {most} more."
+            said += (
+                f" {', '.join(attempt.dropped)} can stay at default: at most {most} more{_regained(study, attempt)}."
+            )
     return said
+
+
+def _regained(study: Study, attempt: Shortened) -> str:
+    """What a shorter setting still loses in quality, as a clause; empty where it put back nothing that can cost any."""
+    if not {str(p["name"]) for p in study.space if p.get("effect") == "lossy"}.intersection(attempt.dropped):
+        return ""
+    runs = [p.shorter for p in study.prunes if p.config == attempt.config and p.shorter.segment == study.segment]
+    return f", {loss_text(study.space, runs) or 'and no quality lost'}"
 
 
 def _plans(study: Study) -> set[str]:
@@ -280,8 +298,8 @@ def shown_by(study: Study) -> tuple[Saving | None, int]:
 
 
 def here(study: Study) -> Header:
-    """The header as it holds for the newest segment: its pairs ran on that segment's machine."""
-    return replace(study.header, machine=study.machine)
+    """The header as it holds for the newest segment: its pairs ran on that segment's machine, in its space."""
+    return replace(study.header, machine=study.machine, space=study.space)
 
 
 # --- measuring pairs -------------------------------------------------------------------------

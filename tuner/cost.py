@@ -629,7 +629,10 @@ def _saving_rows(a: Assessment) -> list[tuple[str, str]]:
         return [*said, ("saved a year", "none shown")] if a.options.units_per_day is not None else said
     label = _label(saved.quality)
     said = [
-        ("saving", f"{percent_text(1 - found.ratio)} ({_interval_text(found)}){label}"),
+        (
+            "saving",
+            f"{percent_text(1 - found.ratio)} ({_interval_text(found)}){label}{found.loss and f'; {found.loss}'}",
+        ),
         (f"saved, 1M {a.unit}s", _amount_text(saved.per_million, a.options) + label),
     ]
     if saved.per_year:

@@ -366,6 +366,7 @@ class Session:
             history=history,
             space=self.bench.space,
             used=usage(history),
+            limits=self.header.limits,
             pruned=[attempt.sentence for attempt in attempts],
             shown=shortest is not None,
             pairs=self.journal.study.pairs,

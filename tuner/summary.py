@@ -22,10 +22,10 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tuner.intervals import CONFIDENCE, student_t, t_interval
-from tuner.limits import QUALITY_LOSS
+from tuner.limits import QUALITY_LOSS, columns_of
 from tuner.space import SearchSpace, Value, show
 from tuner.trial import Exchange, History, Idle, Noise, Target, Trial, Unit
 
@@ -43,6 +43,9 @@ OWN_SCATTER = 3.0
 
 SPARK_SPAN = 0.1
 """A sparkline shows differences of ln(J/unit) below this at less than full height."""
+
+QUALITY_ROUNDING = 1e-6
+"""A loss of quality up to this is none: neighbouring float32 numbers near 10 nats are as far apart."""
 
 FIT_FREEDOM = 3
 """Residual degrees of freedom from which a fit's own scatter is believed (Student's t is 3.2 there, 12.7 at 1)."""
@@ -184,6 +187,55 @@ def indistinguishable(history: History) -> frozenset[int]:
     best, known = history.best, noise(history)
     ratios = {t.number: against(t, best, known) for t in history.measured if best and t is not best}
     return frozenset(number for number, ratio in ratios.items() if ratio and ratio.within_noise)
+
+
+# --- what it costs in quality ----------------------------------------------------------------
+
+
+def lossy_changes(space: Iterable[Mapping[str, object]], config: Mapping[str, Value]) -> tuple[str, ...]:
+    """The parameters that can cost quality and are not at their defaults. `space` is as the journal keeps it."""
+    lossy = {str(p["name"]): p["default"] for p in space if p.get("effect") == "lossy"}
+    return tuple(name for name, default in lossy.items() if config.get(name, default) != default)
+
+
+def quality_loss(launches: Iterable[Trial]) -> float | None:
+    """The mean over those that measured it, in nats per token or as 1 - SSIM; None where none did."""
+    known = [loss for t in launches if (loss := t.metrics.get(QUALITY_LOSS)) is not None]
+    return statistics.fmean(known) if known else None
+
+
+def loss_text(space: Iterable[Mapping[str, object]], launches: Sequence[Trial]) -> str:
+    """What launches of one configuration lost in quality: `quality_loss 0.0123 nats/token`, or `quality not measured`.
+
+    Nothing where no parameter that can cost quality was changed.
+    """
+    if not launches or not lossy_changes(space, launches[0].config):
+        return ""
+    loss = quality_loss(launches)
+    if loss is None:
+        return "quality not measured"
+    return f"{QUALITY_LOSS} {loss:.4g}{' (1 - SSIM)' if unit(launches[0]) == 'image' else ' nats/token'}"
+
+
+def best_at_equal_quality(
+    history: History, space: Sequence[Mapping[str, object]], limits: Iterable[str]
+) -> Trial | None:
+    """The least energy among the trials that lose no quality, where the best is none of them.
+
+    They change no parameter that can cost quality, or their loss is at most what the default's own launches show.
+    None also where a limit on the loss says how much of it counts as none.
+    """
+    if QUALITY_LOSS in columns_of(limits):
+        return None
+    own = [t.figures.get(QUALITY_LOSS, 0.0) for t in (history.default.launches if history.default else ())]
+    most = max([0.0, *own]) + QUALITY_ROUNDING
+
+    def equal(trial: Trial) -> bool:
+        loss = quality_loss([trial])
+        return not lossy_changes(space, trial.config) or (loss is not None and loss <= most)
+
+    found = replace(history, trials=tuple(filter(equal, history.trials))).best
+    return None if found is history.best else found
 
 
 # --- what each parameter does ----------------------------------------------------------------
@@ -533,24 +585,32 @@ def failed_cell(trial: Trial) -> str:
     return f"({joules_text(trial.shown_joules_per_unit)}) over a limit" if trial.over_limit else "failed"
 
 
+def _loads(history: History) -> list[Trial]:
+    """The launches that loaded an engine."""
+    return [launch for t in history.current for launch in (t, *t.repeats) if launch.load_seconds is not None]
+
+
 def restart_seconds(history: History) -> float | None:
     """What a launch of the engine takes until it is loaded, the median; None where nothing was launched."""
-    known = [t.load_seconds for t in history.current if t.load_seconds is not None]
+    known = [t.load_seconds for t in _loads(history) if t.load_seconds is not None]
+    return statistics.median(known) if known else None
+
+
+def restart_joules(history: History) -> float | None:
+    """The energy of that, the median; None where it is not known. It is labelled as the trials' energies are."""
+    known = [sum(e.joules for e in t.load_energy.values()) for t in _loads(history) if t.load_energy]
     return statistics.median(known) if known else None
 
 
 def loading_text(history: History) -> str:
     """`6 launches, 50 s and 3.2 kJ each to load, not in the figures above; 4 trials on an engine that ran already`."""
-    launches = [launch for t in history.current for launch in (t, *t.repeats)]
-    loads = [t for t in launches if t.load_seconds is not None]
+    loads = _loads(history)
     if not loads:
         return ""
-    joules = [sum(e.joules for e in t.load_energy.values()) for t in loads if t.load_energy]
-    cost = seconds_text(statistics.median(t.load_seconds or 0.0 for t in loads))
-    if joules:
-        label = " ".join(filter(None, (joules_text(statistics.median(joules)), quality_text(loads[0]))))
-        cost += f" and {label}"
-    reused = sum(t.reused for t in launches)
+    cost = seconds_text(restart_seconds(history))
+    if (joules := restart_joules(history)) is not None:
+        cost += " ".join(filter(None, (f" and {joules_text(joules)}", quality_text(loads[0]))))
+    reused = sum(launch.reused for t in history.current for launch in (t, *t.repeats))
     more = f"; {reused} {'trial' if reused == 1 else 'trials'} on an engine that ran already" if reused else ""
     counted = "1 launch" if len(loads) == 1 else f"{len(loads)} launches"
     return f"{counted}, {cost} each to load, before the windows{more}"

@@ -5,17 +5,23 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import shared_memory
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+SHARED = []
+
 
 def leave_note(variable):
-    """Process, temporary folder, words and environment, for a test that looks afterwards."""
+    """Process, temporary folder, words and environment, for a test that looks afterwards; shared memory, if asked."""
     if path := os.environ.get(variable):
         lines = [str(os.getpid()), os.environ.get("TMPDIR", ""), " ".join(sys.argv)]
         lines += sorted(f"{name}={value}" for name, value in os.environ.items())
         Path(path).write_text("\n".join(lines))
+    if name := os.environ.get("FAKE_SHARED_MEMORY"):
+        # As vLLM's are, it is taken away by Python's resource tracker, which must outlive this process for that.
+        SHARED.append(shared_memory.SharedMemory(f"{name}_{os.getpid()}", create=True, size=1))
 
 
 def say(*lines):

@@ -306,6 +306,7 @@ class View:
             ],
             "noise": summary.noise_text(known),
             "restart_seconds": summary.restart_seconds(history),
+            "restart_joules": summary.restart_joules(history),
             "effects": [e.sentence for e in summary.effects(space, history)],
             "energy": dict(summary.where_energy_goes(best, str(self.workload.get("quality") or ""))) if best else {},
             "remarks": [remark_view(space, d) for d in history.decisions if told(d)],
