@@ -29,7 +29,7 @@ from typing import Any
 
 from tuner.serving import Client, Endpoint, Final, Load, RequestFailed, RequestRefused, concurrency, cut, models
 from tuner.space import Choice, Config, Refused, SearchSpace, Value, closest
-from tuner.trial import Service, Target, Work, refuse_empty_load, refuse_unused
+from tuner.trial import Service, Target, Work, python_forms, refuse_empty_load, refuse_unused
 
 USUAL_CONCURRENCY = 8
 """Requests in flight in the default configuration."""
@@ -369,8 +369,6 @@ def client(config: Config, target: Target, said: Mapping[str, Value]) -> Service
         f"in_flight = ThreadPoolExecutor({int(config.get('concurrency', target.prompts))})",
         "[print(answer, flush=True) for answer in in_flight.map(ask, filter(None, map(str.strip, sys.stdin)))]",
     ]
-    head = f'"""Sends each line of standard input as a prompt to {url}."""'
-    return Service(
-        argv=("python3", "-c", "; ".join([*imports, *statements])),
-        python="\n".join([head, "", *imports, "", *statements, ""]),
-    )
+    about = f"Sends each line of standard input as a prompt to {url}."
+    line, script = python_forms(about, imports, statements)
+    return Service(argv=("python3", "-c", line), python=script)
