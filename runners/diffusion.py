@@ -47,8 +47,8 @@ from typing import Any
 
 from tuner.installed import library, memory_bytes, passing_files
 from tuner.models.images import Shapes, Transformer, Unet, Vae
-from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, closest, excerpt, show
-from tuner.trial import Service, Target, Unit, Work, refuse_unused
+from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, closest, excerpt
+from tuner.trial import Service, Target, Unit, Work, python_forms, refuse_unused
 
 INSTALL = "pip install diffusers transformers torch scikit-image"
 
@@ -337,8 +337,12 @@ def _tensors(path: Path) -> tuple[int, str] | None:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(length, 100_000_000)))
         counts: dict[str, int] = {}
+        end = 0
         for tensor in (t for name, t in header.items() if name != "__metadata__"):
             counts[tensor["dtype"]] = counts.get(tensor["dtype"], 0) + math.prod(tensor["shape"])
+            end = max(end, tensor["data_offsets"][1])
+        if (size := path.stat().st_size) != (whole := 8 + length + end):
+            raise ValueError(f"{size} bytes instead of {whole}")
         return sum(counts.values()), _STORED.get(max(counts, key=lambda d: counts[d]), "float32")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise Refused(f"--model: {path} is damaged or no safetensors file ({error}); fetch it anew") from error
@@ -522,17 +526,19 @@ def space(target: Target) -> SearchSpace:
                 effect="numerics",
             )
         )
-    parameters.append(
-        Int(
-            name="threads",
-            meaning="CPU threads of torch: more finish sooner, and each one draws power whether it computes or waits"
-            " for memory; hardly any effect where a GPU computes",
-            default=machine.threads,
-            low=1,
-            high=max(len(os.sched_getaffinity(0)), machine.threads),
-            scope="live",
+    if gpu is None:
+        parameters.append(
+            Int(
+                name="threads",
+                meaning="CPU threads of torch: more finish sooner, and each one draws power whether it computes or"
+                " waits for memory",
+                default=machine.threads,
+                low=1,
+                high=max(len(os.sched_getaffinity(0)), machine.threads),
+                scope="live",
+                effect="numerics",
+            )
         )
-    )
     if unet:
         parameters += [
             _switch(
@@ -724,14 +730,14 @@ _FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, O
 """What diffusers, transformers and torch raise for what they cannot do."""
 
 
-def cause_of(error: BaseException) -> str:
-    """One line of an engine's error; lack of memory, of the CPU or a GPU, has its name in front."""
+def cause_of(error: BaseException, doing: str) -> str:
+    """An engine's error in one line: lack of memory, of the CPU or a GPU, by its name, else what it failed at."""
     told = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     told = told if len(told) <= 300 else f"{told[:297]}..."
     lack = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     # DefaultCPUAllocator of torch; CUDA and HIP.
     lack = lack or "can't allocate memory" in told or "out of memory" in told.lower()
-    return f"out of memory: {told}" if lack else told
+    return f"out of memory: {told}" if lack else f"diffusers {doing}: {told}"
 
 
 @contextmanager
@@ -821,8 +827,8 @@ class DiffusionEngine:
                     network.to(memory_format=self._torch.channels_last)
             if config.get("compile"):
                 self._denoiser.compile()
-        except _FAILURES as error:
-            raise RuntimeError(f"diffusers cannot load this pipeline: {cause_of(error)}") from error
+        except (*_FAILURES, _library("safetensors").SafetensorError) as error:
+            raise RuntimeError(cause_of(error, "cannot load this pipeline")) from error
         self.change(config)
 
     def change(self, config: Config) -> None:
@@ -832,7 +838,8 @@ class DiffusionEngine:
         """
         pipe = self._pipe
         try:
-            self._torch.set_num_threads(int(config["threads"]))
+            if "threads" in config:
+                self._torch.set_num_threads(int(config["threads"]))
             name = config.get("scheduler", self._known.scheduler)
             own = self._own_scheduler
             wanted = SCHEDULERS[str(name)] if name is not None else type(own).__name__
@@ -845,7 +852,7 @@ class DiffusionEngine:
             if self._known.tile_pixels is not None:
                 pipe.vae.use_tiling = bool(config.get("vae_tiling", False))
         except _FAILURES as error:
-            raise RuntimeError(f"diffusers cannot set this configuration: {cause_of(error)}") from error
+            raise RuntimeError(cause_of(error, "cannot set this configuration")) from error
         self._config = config
         first = self._timed_pass()
         if config.get("compile"):
@@ -896,7 +903,7 @@ class DiffusionEngine:
                     **self._known.family.more,
                 ).images
             except _FAILURES as error:
-                raise RuntimeError(f"diffusers failed in a pass: {cause_of(error)}") from error
+                raise RuntimeError(cause_of(error, "failed in a pass")) from error
             if images.shape != (len(texts), side, side, 3):
                 made = " x ".join(map(str, images.shape))
                 raise RuntimeError(
@@ -1138,14 +1145,17 @@ def _vocabulary() -> dict[str, int]:
 # --- the same without tuner ------------------------------------------------------------------
 
 
-def _lines(config: Config, target: Target) -> tuple[list[str], list[str]]:
-    """Python that loads `config`: its imports, and the statements after them. Every value is written by `repr`."""
+def _statements(config: Config, target: Target) -> tuple[list[str], list[str]]:
+    """Imports and simple statements of a script that writes an image for each line that it reads.
+
+    Every value is written by `repr`. No statement is compound: they also make one line.
+    """
     known = _pipeline(target)
     gpu = _machine().gpu
     device = str(config.get("device", "cpu"))
     dtype = str(config.get("dtype", _default_dtype(known, gpu)))
     dtype = "float32" if device == "cpu" and dtype == "float16" else dtype
-    imports, body = ["import torch"], []
+    imports, body = ["import itertools", "import os", "import sys", "import torch"], []
     if known.folder is None:
         # A generated pipeline lies in no folder: the runner's own file makes it again.
         imports += ["from pathlib import Path", "from tuner.files import load_runner"]
@@ -1177,59 +1187,38 @@ def _lines(config: Config, target: Target) -> tuple[list[str], list[str]]:
         body.append("pipe.vae.enable_tiling()")
     if config.get("compile"):
         body.append(f"pipe.{known.family.denoiser}.compile()")
-    return imports, body
-
-
-def _call(config: Config, target: Target, prompts: str) -> str:
-    known = _pipeline(target)
-    guidance = known.guidance if config.get("guidance", True) else 1.0
     given: dict[str, Value] = {
         "height": target.pixels,
         "width": target.pixels,
         "num_inference_steps": int(config.get("steps", known.steps)),
-        "guidance_scale": guidance,
+        "guidance_scale": known.guidance if config.get("guidance", True) else 1.0,
         **known.family.more,
     }
-    return f"pipe({prompts}, {', '.join(f'{name}={value!r}' for name, value in given.items())}).images"
-
-
-def _code(config: Config, target: Target) -> str:
-    imports, body = _lines(config, target)
-    call = _call(config, target, f"['a red house'] * {int(config['batch_size'])!r}")
-    save = f"[image.save(f'image{{n}}.png') for n, image in enumerate({call})]"
-    return "; ".join([*imports, *body, save])
+    made = f"pipe(batch, {', '.join(f'{name}={value!r}' for name, value in given.items())}).images"
+    body += [
+        "prompts = filter(None, map(str.strip, sys.stdin))",
+        f"batches = iter(lambda: list(itertools.islice(prompts, {int(config['batch_size'])!r})), [])",
+        # What an earlier run wrote stays.
+        "numbered = map('image{:06d}.png'.format, itertools.count())",
+        "names = (name for name in numbered if not os.path.exists(name))",
+        f"[image.save(next(names)) for batch in batches for image in {made}]",
+    ]
+    return imports, body
 
 
 def command(config: Config, target: Target) -> str:
-    """A line of Python that loads the pipeline with `config` and makes one batch of images."""
-    return shlex.join([sys.executable, "-c", _code(config, target)])
+    """A `python -c` command that runs `config`: prompts come in as lines, images go into files."""
+    return shlex.join(service(config, target).argv)
 
 
 def service(config: Config, target: Target) -> Service:
-    """A script that reads a prompt from each line of its input and writes the images, a batch at a time."""
-    imports, body = _lines(config, target)
+    """A script for good, and the same as a command."""
     known = _pipeline(target)
-    together = int(config["batch_size"])
-    settings = ", ".join(f"{name}={show(value)}" for name, value in config.items())
-    lines = [
-        f'"""Images from prompts, one a line of standard input: {known.cls} as tuned by `tune`."""',
-        "",
-        *sorted({"import itertools", "import sys", "import torch"}),
-        *[line for line in imports if line != "import torch"],
-        "",
-        f"# {settings}",
-        *body,
-        "",
-        "lines = (line.strip() for line in sys.stdin if line.strip())",
-        "made = 0",
-        f"while prompts := list(itertools.islice(lines, {together})):",
-        f"    for image in {_call(config, target, 'prompts')}:",
-        "        image.save(f'image{made:06d}.png')",
-        "        made += 1",
-    ]
+    about = f"Makes an image for each prompt on standard input, one a line, with {known.cls}."
+    line, python = python_forms(about, *_statements(config, target))
     return Service(
-        argv=(sys.executable, "-c", _code(config, target)),
+        argv=(sys.executable, "-c", line),
         paths=() if known.folder is None else (str(known.folder),),
         gpus=config.get("device", "cpu") == "cuda",
-        python="\n".join(lines) + "\n",
+        python=python,
     )

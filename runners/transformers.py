@@ -47,7 +47,7 @@ from tuner.installed import library, memory_bytes, passing_files
 from tuner.models import hugging_face
 from tuner.quality import TEXT, TOKENS, Passage, drawn, judge, of_text
 from tuner.space import Choice, Config, Constraint, Effect, Int, Parameter, Refused, SearchSpace, Value, excerpt
-from tuner.trial import Service, Target, Work, refuse_empty_load, refuse_long_load, refuse_unused
+from tuner.trial import Service, Target, Work, python_forms, refuse_empty_load, refuse_long_load, refuse_unused
 
 # --- the model -------------------------------------------------------------------------------
 
@@ -1214,27 +1214,16 @@ def command(config: Config, target: Target) -> str:
     `transformers serve` has no words for batch size and cache, so it cannot stand for a configuration. The conditions
     of the measurement (no end of sequence, prompts of equal length) are not part of it.
     """
-    imports, body = _statements(config, target)
-    return shlex.join([sys.executable, "-c", "; ".join([*imports, *body])])
+    return shlex.join(service(config, target).argv)
 
 
 def service(config: Config, target: Target) -> Service:
     """A script for good, and the same as a command."""
-    imports, body = _statements(config, target)
     model = _model(target)
     reads = "random prompts, with random weights" if model.random else "the prompts on standard input, one a line"
-    python = "\n".join(
-        [
-            f'"""Generates for {reads}."""',
-            "",
-            *imports,
-            "",
-            *body,
-            "",
-        ]
-    )
+    line, python = python_forms(f"Generates for {reads}.", *_statements(config, target))
     return Service(
-        argv=(sys.executable, "-c", "; ".join([*imports, *body])),
+        argv=(sys.executable, "-c", line),
         env={"HF_HUB_DISABLE_TELEMETRY": "1"},
         paths=(str(model.folder),) if model.folder else (),
         gpus=_machine().device == "cuda",

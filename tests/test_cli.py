@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -75,6 +76,11 @@ def test_without_an_llm_a_batch_run_says_loudly_that_none_is_in_use():
     assert done.returncode == 0
     assert "NO LLM IS IN USE" in done.stderr
     assert study().header.proposer == "rules"
+
+
+def test_after_the_default_the_time_of_a_trial_and_of_what_follows_is_said():
+    done = run("--proposer", "rules", trials=3)
+    assert re.search(r"^a trial takes about \S+ s; what follows takes \S+ s$", done.stderr, re.MULTILINE)
 
 
 def test_a_threshold_that_is_reached_ends_with_code_0_and_one_that_is_not_with_code_3():

@@ -264,7 +264,7 @@ class Session:
             more = f", or up to {seconds_text(most * once)} where launches are repeated" if most > least else ""
             after = "what follows, the confirmation included," if self.header.confirm_pairs else "what follows"
             self.screen.say(
-                f"a launch takes about {seconds_text(once)}; {after} takes {seconds_text(least * once)}{more}"
+                f"a trial takes about {seconds_text(once)}; {after} takes {seconds_text(least * once)}{more}"
             )
 
     def _interrupted(self) -> None:

@@ -477,7 +477,7 @@ def typical_trial_seconds(history: History) -> float | None:
 
 
 def seconds_of_next(trial: Trial) -> float:
-    """How long a launch like this one takes: without its idle power, and the second warm-up that goes with it."""
+    """How long a trial like this one takes: without its idle power, and the second warm-up that goes with it."""
     if trial.idle is None:
         return trial.seconds
     return trial.seconds - 2 * trial.idle.seconds - (trial.warm_up.seconds if trial.warm_up else 0.0)

@@ -189,6 +189,15 @@ class Service:
         return shlex.join(words)
 
 
+def python_forms(about: str, imports: Sequence[str], statements: Sequence[str]) -> tuple[str, str]:
+    """A Python program as one line for `python -c`, and as a script that begins with `about`.
+
+    No statement may be compound: a line holds none.
+    """
+    script = [f'"""{about}"""', "", *imports, "", *statements, ""]
+    return "; ".join([*imports, *statements]), "\n".join(script)
+
+
 class Runner(Protocol):
     """A file in `runners/`: four functions at module level.
 
