@@ -604,6 +604,15 @@ def test_a_launch_command_keeps_the_line_breaks_in_its_words():
     assert f"\n{command}\n" in summed(HISTORY, command=command)
 
 
+@pytest.mark.parametrize(("shown", "option"), [(True, ""), (False, " --unconfirmed")])
+def test_a_launch_command_that_is_a_script_is_left_to_apply(shown, option):
+    command = shlex.join(["python3", "-c", "print()\n" * 12])
+    better = HISTORY.add(trial(1, {"parallel": 8}, joules=(0.7,)))
+    said = summed(better, shown=shown, command=command)
+    assert f"\ntune apply results/s{option}  # prints the command of 13 lines\n" in said
+    assert "print()" not in said
+
+
 WITH_LOSS = History(
     trials=(lossy(0, "f16", 1.0, 0.0), lossy(1, "f16", 0.9, 0.0, parallel=8), lossy(2, "q4", 0.5, 0.25))
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,6 +73,9 @@ if TYPE_CHECKING:
     from tuner.convergence import Analysis, Cell, Target
     from tuner.replay import Table as Recorded
     from tuner.runs import Problem
+
+MOST_COMMAND_LINES = 10
+"""A launch of more lines is a script, which `tune apply` prints."""
 
 REFRESHES_PER_SECOND = 2
 """The view runs beside the measurement: each drawing costs 2 to 3 ms of the same CPU, 0.5 % of it in all."""
@@ -767,6 +771,9 @@ class Screen:
             label = "launch it with" if shown else "launch the best of the search with (not shown to save)"
             label = "launch the default with" if best is default else label
             self._stdout.print(Text(label, "dim"))
+            if (lines := command.count("\n") + 1) > MOST_COMMAND_LINES:
+                confirmed = "" if shown else " --unconfirmed"
+                command = f"tune apply {shlex.quote(str(folder))}{confirmed}  # prints the command of {lines} lines"
             # Not indented: a line break may stand inside of a word, in quotes.
             self._stdout.print(self._text(command, lines=True), soft_wrap=True)
         self._stdout.print()
