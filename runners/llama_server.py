@@ -665,9 +665,8 @@ def _command(config: Config, target: Target) -> list[str]:
 def service(config: Config, target: Target) -> Service:
     """How to run `config` for good: alone it listens to this machine only, in a container to its network."""
     words, build = _command(config, target), _build()
-    gpus = bool(build.devices) and bool(
-        config.get("n_gpu_layers", _fixed(target, build, gguf.read(target)).get("n_gpu_layers", 0))
-    )
+    whole = {**config, **_fixed(target, build, gguf.read(target))}
+    gpus = bool(build.devices) and bool(whole.get("n_gpu_layers", 0))
     listen = ("--port", str(_llama.SERVICE_PORT), "--host")
     return Service(
         argv=(*words, *listen, "127.0.0.1"),
