@@ -716,7 +716,8 @@ def _command(config: Config, target: Target, model: gguf.Model) -> list[str]:
     # Naming a number of slots, even the automatic one, turns the automatic unified cache off.
     if changed("parallel") or changed("kv_unified"):
         words += ["-np", str(config["parallel"]), "--kv-unified" if config["kv_unified"] else "--no-kv-unified"]
-    if changed("gpu_layers"):
+    # Left out, and with nothing fitted, it is all of them.
+    if "gpu_layers" in config:
         words += ["-ngl", str(config["gpu_layers"])]
     if changed("threads"):
         words += ["-t", str(config["threads"])]

@@ -28,7 +28,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuner.installed import Program, given_flags, memory_bytes, names_of, refuse_reserved
+from tuner.installed import (
+    Given,
+    Program,
+    first_known,
+    given_flags,
+    given_values,
+    memory_bytes,
+    refuse_reserved,
+    tunable,
+    uncounted,
+)
 from tuner.models import gguf
 from tuner.quality import TOKENS, Passage
 from tuner.serving import (
@@ -144,7 +154,7 @@ def parse_help(text: str) -> dict[str, str]:
 # --- the model -------------------------------------------------------------------------------
 
 
-def _needed_bytes(model: Any, config: Mapping[str, Value], target: Target) -> float:
+def _needed_bytes(model: gguf.Model, config: Mapping[str, Value], target: Target) -> float:
     """Weights and cache."""
     return gguf.needed_bytes(model, config, _context(config, target))
 
@@ -163,26 +173,23 @@ def describe(target: Target) -> str:
 
 # --- what may be tuned -----------------------------------------------------------------------
 
-FLAGS: Mapping[str, str] = {
-    "parallel": "--parallel",
-    "threads": "--threads",
-    "threads_batch": "--threads-batch",
-    "n_batch": "--batch-size",
-    "n_ubatch": "--ubatch-size",
-    "flash_attention": "--flash-attn",
-    "continuous_batching": "--no-cont-batching",
-    "kv_unified": "--kv-unified",
-    "n_gpu_layers": "--n-gpu-layers",
-    "cache_type_k": "--cache-type-k",
-    "cache_type_v": "--cache-type-v",
-    "repack": "--no-repack",
-    "mmap": "--load-mode",
-    "poll": "--poll",
+FLAGS: Mapping[str, tuple[str, ...]] = {
+    "parallel": ("--parallel",),
+    "threads": ("--threads",),
+    "threads_batch": ("--threads-batch",),
+    "n_batch": ("--batch-size",),
+    "n_ubatch": ("--ubatch-size",),
+    "flash_attention": ("--flash-attn",),
+    "continuous_batching": ("--no-cont-batching",),
+    "kv_unified": ("--kv-unified",),
+    "n_gpu_layers": ("--n-gpu-layers",),
+    "cache_type_k": ("--cache-type-k",),
+    "cache_type_v": ("--cache-type-v",),
+    "repack": ("--no-repack",),
+    "mmap": ("--load-mode", "--no-mmap"),
+    "poll": ("--poll",),
 }
-"""The flag behind each parameter of the engine."""
-
-ALSO: Mapping[str, str] = {"mmap": "--no-mmap"}
-"""A further flag that decides a parameter."""
+"""The flags behind each parameter of the engine: the first one that the installed build has is used."""
 
 _ITSELF = "tune sets it itself"
 _MODEL = "tune names the model itself, by its own --model"
@@ -218,38 +225,46 @@ def _space(target: Target) -> tuple[SearchSpace, list[str]]:
     refuse_empty_load(target)
     build, model = _build(), gguf.read(target)
     refuse_long_load(target, model.context, f"{model.path.name} was trained on")
-    given = given_flags(target.engine_args, {*build.flags, *RESERVED}, argparse=False)
+    given = _given(target, build)
     refuse_reserved(given, RESERVED, build.flags)
-    kept: list[Parameter] = []
-    said: list[str] = []
-    for parameter in _parameters(target, build, model):
-        name, flag = parameter.name, _flag(parameter.name, build)
-        if flag is not None and flag not in build.flags:
-            said.append(f"{name} is left out: llama-server {build.version} has no {flag}")
-        elif name == "flash_attention" and "auto" not in build.flags["--flash-attn"]:
-            said.append(f"{name} is left out: --flash-attn of llama-server {build.version} takes no on, off or auto")
-        elif name == "poll" and build.openmp:
-            said.append("poll is left out: this build computes with OpenMP, whose threads do not heed --poll")
-        elif flag is not None and (fixed := _deciding(name, flag, build) & given.keys()):
-            said.append(f"{name} is left out: --engine-arg {given[min(fixed)]} fixes it")
-        else:
-            kept.append(parameter)
-    return SearchSpace(tuple(kept), _constraints({p.name for p in kept}, target, build, model)), said
+    fixed, engine = _fixed(target, build, model), f"llama-server {build.version}"
+    barred = {}
+    if "auto" not in build.flags.get("--flash-attn", ""):
+        barred["flash_attention"] = f"--flash-attn of {engine} takes no on, off or auto"
+    if build.openmp:
+        barred["poll"] = "this build computes with OpenMP, whose threads do not heed --poll"
+    offered = _parameters(target, build, model, fixed)
+    kept, said = tunable(offered, FLAGS, engine=engine, known=build.flags, given=given, barred=barred)
+    names = {p.name for p in kept}
+    rules = _constraints(names)
+    if not (unchecked := uncounted(UNCOUNTED, build.flags, given)):
+        rules += _memory_rules(names, target, build, model, fixed)
+    return SearchSpace(kept, tuple(rules)), [*said, *unchecked]
 
 
-def _flag(name: str, build: _Build) -> str | None:
-    """The flag behind a parameter; None for the client's own."""
-    if name == "mmap" and "--load-mode" not in build.flags:
-        return "--no-mmap"
-    return FLAGS.get(name)
+def _given(target: Target, build: _Build) -> dict[str, Given]:
+    return given_flags(target.engine_args, {*build.flags, *RESERVED}, argparse=False)
 
 
-def _deciding(name: str, flag: str, build: _Build) -> frozenset[str]:
-    """All names of the flags that decide a parameter."""
-    return names_of(flag, build.flags) | (names_of(ALSO[name], build.flags) if name in ALSO else frozenset())
+SIZE_FLAGS = ("parallel", "n_batch", "n_gpu_layers", "cache_type_k", "cache_type_v")
+"""What the context and memory depend on; it is not tuned where `--engine-arg` fixes it, and counts all the same."""
+
+UNCOUNTED = ("--override-tensor", "--cpu-moe", "--n-cpu-moe", "--no-kv-offload", "--device", "--rpc", "--override-kv")
+"""What moves weights or cache elsewhere than `--n-gpu-layers` says, or changes the model."""
 
 
-def _parameters(target: Target, build: _Build, model: Any) -> list[Parameter]:
+def _fixed(target: Target, build: _Build, model: gguf.Model) -> dict[str, Value]:
+    """What `--engine-arg` says of the context and memory; what it leaves to the engine is absent."""
+    flags = {name: FLAGS[name] for name in SIZE_FLAGS}
+    found = given_values(_given(target, build), flags, build.flags, {"parallel": int, "n_batch": int})
+    if "n_gpu_layers" in found:
+        text, whole = str(found["n_gpu_layers"]), model.layers + 1
+        # `auto`, `all` and what is below 0 are all of them, where nothing is fitted.
+        found["n_gpu_layers"] = min(int(text), whole) if text.isdigit() else whole
+    return {name: value for name, value in found.items() if isinstance(value, str) or value >= 0}
+
+
+def _parameters(target: Target, build: _Build, model: gguf.Model, fixed: Mapping[str, Value]) -> list[Parameter]:
     """Every parameter that could be offered here, whether this build has its flag or not."""
     cpus = max(len(os.sched_getaffinity(0)), build.threads)
     prompt_batch = 2 ** math.ceil(math.log2(target.prompts * target.prompt_tokens))
@@ -269,7 +284,7 @@ def _parameters(target: Target, build: _Build, model: Any) -> list[Parameter]:
     )
     if build.devices:
         whole = model.layers + 1
-        share = sum(d.bytes for d in build.devices) * GPU_SHARE / _needed_bytes(model, {}, target)
+        share = sum(d.bytes for d in build.devices) * GPU_SHARE / _needed_bytes(model, fixed, target)
         parameters.append(
             Int(
                 name="n_gpu_layers",
@@ -385,7 +400,7 @@ GPU_SHARE = 0.9
 """Of a GPU's memory, for weights and cache; the rest is for compute buffers and the driver."""
 
 
-def _constraints(names: set[str], target: Target, build: _Build, model: Any) -> tuple[Constraint, ...]:
+def _constraints(names: set[str]) -> list[Constraint]:
     rules = []
     if {"n_ubatch", "n_batch"} <= names:
         # The engine clamps silently: the configuration would be another one than it says.
@@ -404,21 +419,26 @@ def _constraints(names: set[str], target: Target, build: _Build, model: Any) -> 
                 lambda c: c["cache_type_v"] == "f16" or c["flash_attention"] == "on",
             )
         )
+    return rules
 
+
+def _memory_rules(
+    names: set[str], target: Target, build: _Build, model: gguf.Model, fixed: Mapping[str, Value]
+) -> list[Constraint]:
     def offloaded(config: Mapping[str, Value]) -> float:
-        return int(config.get("n_gpu_layers", 0)) / int(model.layers + 1)
+        return int(config.get("n_gpu_layers", 0)) / (model.layers + 1) if build.devices else 0.0
 
-    rules.append(gguf.memory_rule(model, memory_bytes(), lambda c: _context(c, target), offloaded))
-    if build.devices and "n_gpu_layers" in names:
+    rules = [gguf.memory_rule(model, memory_bytes(), lambda c: _context(c, target), offloaded, fixed)]
+    if build.devices and "n_gpu_layers" in {*names, *fixed}:
         total = sum(d.bytes for d in build.devices)
         rules.append(
             Constraint(
                 f"the share of weights ({model.bytes / GIB:.2g} GiB) and cache on the GPU fits into {GPU_SHARE:.0%} "
                 f"of its {total / GIB:.0f} GiB: fewer n_gpu_layers or less parallel",
-                lambda c: offloaded(c) * _needed_bytes(model, c, target) <= total * GPU_SHARE,
+                lambda c: offloaded({**c, **fixed}) * _needed_bytes(model, {**c, **fixed}, target) <= total * GPU_SHARE,
             )
         )
-    return tuple(rules)
+    return rules
 
 
 def identity(target: Target) -> dict[str, str]:
@@ -471,7 +491,7 @@ def _words(config: Mapping[str, Value], build: _Build) -> list[str]:
     """The flags for `config`, each of them named."""
     words: list[str] = []
     for name, value in config.items():
-        flag = _flag(name, build)
+        flag = first_known(FLAGS.get(name, ()), build.flags)
         if flag is None:
             continue
         if name == "kv_unified":
@@ -492,7 +512,8 @@ def _fixed_words(config: Mapping[str, Value], target: Target, build: _Build) -> 
     wanted = [("--fit", "off"), ("--log-verbosity", LOG_LEVEL), ("--cache-ram", "0"), ("--offline",), ("--no-slots",)]
     wanted.append(("--no-ui",) if "--no-ui" in build.flags else ("--no-webui",))
     given = [word for words in wanted if words[0] in build.flags for word in words]
-    return ["--ctx-size", str(_context(config, target)), *given, *target.engine_args]
+    context = _context({**config, **_fixed(target, build, gguf.read(target))}, target)
+    return ["--ctx-size", str(context), *given, *target.engine_args]
 
 
 @contextmanager
@@ -536,7 +557,9 @@ def launch(config: Config, target: Target) -> Iterator[JudgedLlama]:
 class JudgedLlama(JudgedServer):
     """Its likelihood of given tokens is brought about as in the `llama` workload, over HTTP: decoded along them."""
 
-    def __init__(self, client: Client, said: Mapping[str, Value], server: Server, target: Target, model: Any) -> None:
+    def __init__(
+        self, client: Client, said: Mapping[str, Value], server: Server, target: Target, model: gguf.Model
+    ) -> None:
         super().__init__(client, said, server, target, model.context or TOKENS)
         self._tokens: tuple[int, ...] = model.tokens
         self._forced = _llama.Forced(self._answer, server.name, model.tokens, target.seed)
@@ -630,15 +653,20 @@ def _command(config: Config, target: Target) -> list[str]:
     # Left out, the batch phase takes the threads of generation, whatever their default.
     if "threads" in changed and "threads_batch" in config:
         changed["threads_batch"] = config["threads_batch"]
+    # Left out, and with nothing fitted, it is all of them.
+    if "n_gpu_layers" in config:
+        changed["n_gpu_layers"] = config["n_gpu_layers"]
     fit = ["--fit", "off"] if "--fit" in build.flags else []
-    words = [build.program, "--model", str(model.path), "--ctx-size", str(_context(config, target)), *fit]
+    context = _context({**config, **_fixed(target, build, model)}, target)
+    words = [build.program, "--model", str(model.path), "--ctx-size", str(context), *fit]
     return [*words, *_words(changed, build), *target.engine_args]
 
 
 def service(config: Config, target: Target) -> Service:
     """How to run `config` for good: alone it listens to this machine only, in a container to its network."""
     words, build = _command(config, target), _build()
-    gpus = bool(build.devices) and bool(config.get("n_gpu_layers", 0))
+    whole = {**config, **_fixed(target, build, gguf.read(target))}
+    gpus = bool(build.devices) and bool(whole.get("n_gpu_layers", 0))
     listen = ("--port", str(_llama.SERVICE_PORT), "--host")
     return Service(
         argv=(*words, *listen, "127.0.0.1"),

@@ -573,8 +573,12 @@ def service(config: Config, target: Target) -> Service:
 
     Options are not the server's: where they differ, its command makes a model with them beside the old one, NAME-tuned.
     """
-    default, model, program = space(target).default(), _model(target).name, PROGRAM.path()
-    options = _options({name: value for name, value in config.items() if value != default.get(name)})
+    default, known, program = space(target).default(), _model(target), PROGRAM.path()
+    model, changed = known.name, {name: value for name, value in config.items() if value != default.get(name)}
+    # Left out, it is what Ollama takes for the memory that is free at that moment.
+    if int(config.get("num_gpu", known.layers + 1)) <= known.layers:
+        changed["num_gpu"] = config["num_gpu"]
+    options = _options(changed)
     # A variable of the shell's own would win over a default, so all are named; of those that are empty, only where
     # the shell has one.
     variables = {name: value for name, value in _variables(config).items() if value or os.environ.get(name)}

@@ -34,9 +34,11 @@ from typing import Any
 
 from tuner.installed import (
     Flag,
+    Given,
+    Gpu,
     Program,
+    first_known,
     given_flags,
-    given_value,
     given_values,
     gpus_here,
     memory_bytes,
@@ -44,6 +46,8 @@ from tuner.installed import (
     packaged,
     parse_help,
     refuse_reserved,
+    tunable,
+    uncounted,
 )
 from tuner.models import hugging_face
 from tuner.quality import Passage
@@ -116,6 +120,10 @@ class _Build:
     version: str
     flags: Mapping[str, Flag]
 
+    @property
+    def title(self) -> str:
+        return f"SGLang {self.version}"
+
     def listed(self, flag: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
         """Those of `wanted` that the help lists for a flag."""
         return tuple(v for v in wanted if flag in self.flags and v in self.flags[flag].choices)
@@ -137,19 +145,24 @@ def _asked(program: tuple[str, ...], _changed_ns: int) -> _Build:
 # --- the machine and the model ---------------------------------------------------------------
 
 
-def _gpus(target: Target) -> tuple[Any, ...]:
+def _given(target: Target, build: _Build, reserved: Mapping[str, str] | None = None) -> dict[str, Given]:
+    return given_flags(target.engine_args, {*build.flags, *(reserved or RESERVED)}, argparse=True)
+
+
+def _gpus(target: Target) -> tuple[Gpu, ...]:
     """The GPUs to run on; none where the user asks for the CPU."""
-    if given_value(target.engine_args, "--device") == "cpu":
+    asked = _given(target, _build()).get("--device")
+    if asked and asked.value == "cpu":
         return ()
     if gpus := gpus_here():
-        return tuple(gpus)
+        return gpus
     raise Refused(
         "SGLang runs on GPUs, and nvidia-smi shows none here; a build of it for CPUs is asked for with "
         "--engine-arg --device=cpu"
     )
 
 
-def _context(target: Target, model: Any) -> int:
+def _context(target: Target, model: hugging_face.Model) -> int:
     """Tokens that a request may have. The engine keeps a few of them to itself."""
     wanted = math.ceil((target.prompt_tokens + target.output_tokens + SPARE_TOKENS) / 16) * 16
     return min(wanted, model.context) if model.context else wanted
@@ -160,18 +173,7 @@ SPARE_TOKENS = 8
 
 def describe(target: Target) -> str:
     """One line that says what is being run, and which flags this version lacks."""
-    build, model = _build(), hugging_face.read(target)
-    size = f"{model.weights / 1e9:.1f}G" if model.weights >= 1e9 else f"{round(model.weights / 1e6)}M"
-    kind = f"SGLang {build.version}, model: {model.name} ({size} weights, {model.layers} layers"
-    drawn = ", drawn at random: speed and energy are those of its shape, its text is meaningless"
-    said = f"{kind}{drawn if hugging_face.is_dummy(target) else ''})"
-    lacking = notes(target)
-    if target.quality and hugging_face.is_dummy(target):
-        lacking = [*lacking, f"no quality_loss: {NOT_JUDGED}"]
-    return f"{said}; {'; '.join(lacking)}" if lacking else said
-
-
-NOT_JUDGED = "weights that SGLang draws predict every token alike, so judge with a trained --model"
+    return hugging_face.describe(target, _build().title, notes(target))
 
 
 # --- what may be tuned -----------------------------------------------------------------------
@@ -203,8 +205,9 @@ RESERVED: Mapping[str, str] = {
     "--context-length": "tune sets it to what the load needs",
     "--random-seed": "tune sets it, by its own --seed",
     "--sampling-defaults": "tune sets it itself",
+    "--config": "tune does not see what the file sets; name its flags one by one",
 }
-"""Flags that every launch has (`_fixed_words`), and why nobody else may give them."""
+"""Flags that every launch has (`_fixed_words`) or that none can have, and why nobody else may give them."""
 
 DUMMY: Mapping[str, str] = {"--load-format": "tune sets it, to let SGLang draw the weights"}
 
@@ -239,22 +242,25 @@ def _space(target: Target) -> tuple[SearchSpace, list[str]]:
     gpus = _gpus(target)
     refuse_long_load(target, max(0, model.context - SPARE_TOKENS), f"of {model.name} less {SPARE_TOKENS}")
     reserved = {**RESERVED, **(DUMMY if hugging_face.is_dummy(target) else {})}
-    given = given_flags(target.engine_args, {*build.flags, *reserved}, argparse=True)
+    given = _given(target, build, reserved)
     refuse_reserved(given, reserved, build.flags)
-    said: list[str] = []
-    kept: list[Parameter] = []
-    for parameter in _parameters(target, build, model, gpus):
-        flags = FLAGS.get(parameter.name, ())
-        if flags and not any(flag in build.flags for flag in flags):
-            said.append(f"{parameter.name} is left out: SGLang {build.version} has no {flags[0]}")
-        elif fixed := given.keys() & {name for flag in flags for name in names_of(flag, build.flags)}:
-            said.append(f"{parameter.name} is left out: --engine-arg {given[min(fixed)]} fixes it")
-        else:
-            kept.append(parameter)
-    return SearchSpace(tuple(kept), _constraints({p.name for p in kept}, target, model, gpus)), said
+    fixed = given_values(given, SIZE_FLAGS, build.flags, SIZE_NUMBERS)
+    if shared := names_of(("--enable-dp-attention",), build.flags) & given.keys():
+        # The copies are then of attention only, and on the GPUs of tp_size, which no longer share its heads.
+        fixed.pop("data_parallel_size", None)
+    offered = _parameters(target, build, model, gpus, fixed)
+    kept, said = tunable(offered, FLAGS, engine=build.title, known=build.flags, given=given)
+    rules = _constraints({p.name for p in kept}, target)
+    if gpus and not shared and ("tp_size" in fixed or any(p.name == "tp_size" for p in kept)):
+        rules.append(hugging_face.heads_rule(model, "tp_size", int(fixed.get("tp_size", 1))))
+    if not (unchecked := uncounted(UNCOUNTED, build.flags, given)):
+        rules.append(_memory_rule(target, model, gpus, fixed))
+    return SearchSpace(kept, tuple(rules)), [*said, *unchecked]
 
 
-def _parameters(target: Target, build: _Build, model: Any, gpus: Sequence[Any]) -> list[Parameter]:
+def _parameters(
+    target: Target, build: _Build, model: hugging_face.Model, gpus: Sequence[Gpu], fixed: Mapping[str, Value]
+) -> list[Parameter]:
     """Every parameter that could be offered here, whether this version has its flag or not."""
     parameters = concurrency(
         target, "beyond max_running_requests they wait in the queue, and with fewer the steps are not full"
@@ -316,11 +322,13 @@ def _parameters(target: Target, build: _Build, model: Any, gpus: Sequence[Any]) 
         ),
     ]
     if gpus:
-        parameters += _gpu_parameters(build, model, gpus)
+        parameters += _gpu_parameters(build, model, gpus, fixed)
     return parameters + (_lossy(build, model, gpus) if target.allow_lossy else [])
 
 
-def _gpu_parameters(build: _Build, model: Any, gpus: Sequence[Any]) -> list[Parameter]:
+def _gpu_parameters(
+    build: _Build, model: hugging_face.Model, gpus: Sequence[Gpu], fixed: Mapping[str, Value]
+) -> list[Parameter]:
     backends = build.listed("--attention-backend", ("flashinfer", "fa3", "triton", "torch_native"))
     parameters: list[Parameter] = [
         Choice(
@@ -362,8 +370,8 @@ def _gpu_parameters(build: _Build, model: Any, gpus: Sequence[Any]) -> list[Para
             values=(AUTO, 1, 16, 32, 64),
         ),
     ]
-    widths = powers_of_two(1, len(gpus))
-    if any(hugging_face.divides(model, n) for n in widths[1:]):
+    widths = hugging_face.tensor_widths(model, len(gpus), fixed)
+    if len(widths) > 1:
         parameters.append(
             Choice(
                 name="tp_size",
@@ -379,7 +387,7 @@ def _gpu_parameters(build: _Build, model: Any, gpus: Sequence[Any]) -> list[Para
     return parameters
 
 
-def _lossy(build: _Build, model: Any, gpus: Sequence[Any]) -> list[Parameter]:
+def _lossy(build: _Build, model: hugging_face.Model, gpus: Sequence[Gpu]) -> list[Parameter]:
     """Parameters that can cost quality."""
     parameters: list[Parameter] = []
     cache = build.listed("--kv-cache-dtype", (AUTO, "fp8_e5m2", "fp8_e4m3", "bf16"))
@@ -408,7 +416,7 @@ def _lossy(build: _Build, model: Any, gpus: Sequence[Any]) -> list[Parameter]:
     return parameters
 
 
-def _usual_chunk(gpus: Sequence[Any]) -> int:
+def _usual_chunk(gpus: Sequence[Gpu]) -> int:
     """What the engine takes by itself (`handle_gpu_memory_settings`, SGLang 0.5.23)."""
     gib = gpus[0].bytes / GIB if gpus else 0.0
     for below, chunk in ((20, 2048), (60, 4096), (160, 8192)):
@@ -419,6 +427,9 @@ def _usual_chunk(gpus: Sequence[Any]) -> int:
 
 SIZE_FLAGS: Mapping[str, tuple[str, ...]] = {
     "tp_size": ("--tp-size", "--tensor-parallel-size", "--tp"),
+    "pipeline_parallel_size": ("--pp-size", "--pipeline-parallel-size", "--pp"),
+    "data_parallel_size": ("--dp-size", "--data-parallel-size", "--dp"),
+    "cpu_offload_gb": ("--cpu-offload-gb",),
     "mem_fraction_static": ("--mem-fraction-static",),
     "dtype": ("--dtype",),
     "quantization": ("--quantization",),
@@ -426,10 +437,23 @@ SIZE_FLAGS: Mapping[str, tuple[str, ...]] = {
 }
 """What memory and heads depend on; it is not tuned where `--engine-arg` fixes it, and counts all the same."""
 
-SIZE_NUMBERS: Mapping[str, type[int | float]] = {"tp_size": int, "mem_fraction_static": float}
+SIZE_NUMBERS: Mapping[str, type[int | float]] = {
+    **hugging_face.SIZE_NUMBERS,
+    "tp_size": int,
+    "mem_fraction_static": float,
+}
+
+UNCOUNTED = (
+    *("--attn-cp-size", "--attention-context-parallel-size", "--nnodes", "--offload-group-size", "--offload-mode"),
+    *("--torchao-config", "--json-model-override-args", "--model-impl", "--kt-weight-path", "--kt-method"),
+    *("--language-only", "--encoder-only"),
+)
+"""What makes less memory do, by how much is not worked out here. What needs more, such as adapters, is not listed:
+the rule is a lower bound. Copies of the model (`--dp-size`) hold as much each; with `--enable-dp-attention` they share
+the GPUs of `--tp-size`."""
 
 
-def _constraints(names: set[str], target: Target, model: Any, gpus: Sequence[Any]) -> tuple[Constraint, ...]:
+def _constraints(names: set[str], target: Target) -> list[Constraint]:
     rules = []
     if {"schedule_policy", "radix_cache"} <= names:
         rules.append(
@@ -463,9 +487,13 @@ def _constraints(names: set[str], target: Target, model: Any, gpus: Sequence[Any
                 lambda c: c["kv_cache_dtype"] == AUTO or bool(c["radix_cache"]),
             )
         )
-    context, fixed = _context(target, model), given_values(target.engine_args, SIZE_FLAGS, SIZE_NUMBERS)
-    if gpus and ("tp_size" in names or "tp_size" in fixed):
-        rules.append(hugging_face.heads_rule(model, "tp_size", int(fixed.get("tp_size", 1))))
+    return rules
+
+
+def _memory_rule(
+    target: Target, model: hugging_face.Model, gpus: Sequence[Gpu], fixed: Mapping[str, Value]
+) -> Constraint:
+    context = _context(target, model)
     memory = float(min(gpu.bytes for gpu in gpus)) if gpus else float(memory_bytes())
 
     def fits(config: Mapping[str, Value]) -> bool:
@@ -476,28 +504,23 @@ def _constraints(names: set[str], target: Target, model: Any, gpus: Sequence[Any
         return hugging_face.needed_bytes(model, alike, context) <= share * memory
 
     where = "the GPU's" if gpus else "main memory's"
-    rules.append(
-        Constraint(
-            f"weights ({model.weights / 1e9:.1f}G of them), the cache of one request ({context} tokens) and "
-            f"1 GiB of working memory fit into mem_fraction_static of {where} {memory / GIB:.0f} GiB",
-            fits,
-        )
+    return Constraint(
+        f"weights ({model.weights / 1e9:.1f}G of them), the cache of one request ({context} tokens) and "
+        f"1 GiB of working memory fit into mem_fraction_static of {where} {memory / GIB:.0f} GiB",
+        fits,
     )
-    return tuple(rules)
 
 
 MOST_SHARE = 0.95
 """Of a GPU's memory, or of the machine's, where the engine chooses the share."""
 
 
-def metrics(target: Target) -> tuple[str, ...]:
-    """Figures of its own that limits may be set on."""
-    return ("nll_nats_per_token",) if target.quality and not hugging_face.is_dummy(target) else ()
+metrics = hugging_face.metrics
 
 
 def lacks(target: Target) -> dict[str, str]:
     """Figures that it never reports, and why."""
-    return {"quality_loss": f"{NOT_JUDGED} or leave the limit out"} if hugging_face.is_dummy(target) else {}
+    return hugging_face.lacks(target, "SGLang")
 
 
 def identity(target: Target) -> dict[str, str]:
@@ -533,15 +556,11 @@ START_SECONDS = 1800.0
 """Loading a large model and recording its graphs."""
 
 
-def _flag(name: str, build: _Build) -> str | None:
-    return next((flag for flag in FLAGS.get(name, ()) if flag in build.flags), None)
-
-
 def _words(config: Mapping[str, Value], build: _Build) -> list[str]:
     """The flags for `config`; what is left to the engine has none."""
     words: list[str] = []
     for name, value in config.items():
-        flag = _flag(name, build)
+        flag = first_known(FLAGS.get(name, ()), build.flags)
         if flag is None or value in (AUTO, "none"):
             continue
         if isinstance(value, bool):
@@ -551,7 +570,7 @@ def _words(config: Mapping[str, Value], build: _Build) -> list[str]:
     return words
 
 
-def _fixed_words(target: Target, build: _Build, model: Any) -> list[str]:
+def _fixed_words(target: Target, build: _Build, model: hugging_face.Model) -> list[str]:
     """Flags that every trial of a target shares."""
     words = ["--context-length", str(_context(target, model)), "--random-seed", str(target.seed % 2**31)]
     if hugging_face.is_dummy(target):
@@ -609,7 +628,13 @@ class JudgedSglang(JudgedServer):
     """
 
     def __init__(
-        self, client: Client, said: Mapping[str, Value], server: Server, target: Target, model: Any, config: Config
+        self,
+        client: Client,
+        said: Mapping[str, Value],
+        server: Server,
+        target: Target,
+        model: hugging_face.Model,
+        config: Config,
     ) -> None:
         super().__init__(client, said, server, target, _context(target, model) - SPARE_TOKENS)
         self._vocabulary: int = model.vocabulary

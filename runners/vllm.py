@@ -36,16 +36,18 @@ from typing import Any
 
 from tuner.installed import (
     Flag,
+    Given,
     Gpu,
     Program,
     given_flags,
     given_values,
     gpus_here,
     memory_bytes,
-    names_of,
     packaged,
     parse_help,
     refuse_reserved,
+    tunable,
+    uncounted,
 )
 from tuner.models import hugging_face
 from tuner.quality import Passage
@@ -120,6 +122,10 @@ class _Build:
     flags: Mapping[str, Flag]
 
     @property
+    def title(self) -> str:
+        return f"vLLM {self.version}"
+
+    @property
     def for_cpu(self) -> bool:
         return "cpu" in self.version
 
@@ -170,38 +176,27 @@ def _device(build: _Build) -> tuple[Gpu, ...]:
 
 def describe(target: Target) -> str:
     """One line that says what is being run, and which flags this version lacks."""
-    build, model = _build(), hugging_face.read(target)
-    size = f"{model.weights / 1e9:.1f}G" if model.weights >= 1e9 else f"{round(model.weights / 1e6)}M"
-    kind = f"vLLM {build.version}, model: {model.name} ({size} weights, {model.layers} layers"
-    drawn = ", drawn at random: speed and energy are those of its shape, its text is meaningless"
-    said = f"{kind}{drawn if hugging_face.is_dummy(target) else ''})"
-    lacking = notes(target)
-    if target.quality and hugging_face.is_dummy(target):
-        lacking = [*lacking, f"no quality_loss: {NOT_JUDGED}"]
-    return f"{said}; {'; '.join(lacking)}" if lacking else said
-
-
-NOT_JUDGED = "weights that vLLM draws predict every token alike, so judge with a trained --model"
+    return hugging_face.describe(target, _build().title, notes(target))
 
 
 # --- what may be tuned -----------------------------------------------------------------------
 
-FLAGS: Mapping[str, str] = {
-    "max_num_seqs": "--max-num-seqs",
-    "max_num_batched_tokens": "--max-num-batched-tokens",
-    "compilation": "--optimization-level",
-    "enforce_eager": "--enforce-eager",
-    "enable_chunked_prefill": "--enable-chunked-prefill",
-    "enable_prefix_caching": "--enable-prefix-caching",
-    "block_size": "--block-size",
-    "stream_interval": "--stream-interval",
-    "gpu_memory_utilization": "--gpu-memory-utilization",
-    "tensor_parallel_size": "--tensor-parallel-size",
-    "async_scheduling": "--async-scheduling",
-    "ngram_tokens": "--speculative-config",
-    "kv_cache_dtype": "--kv-cache-dtype",
-    "dtype": "--dtype",
-    "quantization": "--quantization",
+FLAGS: Mapping[str, tuple[str, ...]] = {
+    "max_num_seqs": ("--max-num-seqs",),
+    "max_num_batched_tokens": ("--max-num-batched-tokens",),
+    "compilation": ("--optimization-level",),
+    "enforce_eager": ("--enforce-eager",),
+    "enable_chunked_prefill": ("--enable-chunked-prefill",),
+    "enable_prefix_caching": ("--enable-prefix-caching",),
+    "block_size": ("--block-size",),
+    "stream_interval": ("--stream-interval",),
+    "gpu_memory_utilization": ("--gpu-memory-utilization",),
+    "tensor_parallel_size": ("--tensor-parallel-size",),
+    "async_scheduling": ("--async-scheduling",),
+    "ngram_tokens": ("--speculative-config",),
+    "kv_cache_dtype": ("--kv-cache-dtype",),
+    "dtype": ("--dtype",),
+    "quantization": ("--quantization",),
 }
 """The flag behind each parameter of the engine."""
 
@@ -216,8 +211,12 @@ RESERVED: Mapping[str, str] = {
     "--seed": "tune sets it, by its own --seed",
     "--generation-config": "tune sets it itself",
     "--disable-uvicorn-access-log": "tune sets it itself",
+    "--uds": "tune reaches the engine through a port",
+    "--grpc": "tune reaches the engine through HTTP",
+    "--headless": "tune reaches the engine through HTTP",
+    "--config": "tune does not see what the file sets; name its flags one by one",
 }
-"""Flags that every launch has (`_fixed_flags`), and why nobody else may give them."""
+"""Flags that every launch has (`_fixed_flags`) or that none can have, and why nobody else may give them."""
 
 DUMMY: Mapping[str, str] = {"--load-format": "tune sets it, to let vLLM draw the weights"}
 
@@ -247,30 +246,27 @@ def _space(target: Target) -> tuple[SearchSpace, list[str]]:
     build, model = _build(), hugging_face.read(target)
     gpus = _device(build)
     refuse_long_load(target, model.context // 16 * 16, f"of {model.name}")
-    offered = _parameters(target, build, model, gpus)
     reserved = {**RESERVED, **(DUMMY if hugging_face.is_dummy(target) else {})}
-    given = given_flags(target.engine_args, {*build.flags, *reserved, "-O"}, argparse=True)
+    given = _given(target, build, reserved)
     refuse_reserved(given, reserved, build.flags)
-    said = []
-    kept = []
-    for parameter in offered:
-        flag = FLAGS.get(parameter.name)
-        if flag and flag not in build.flags:
-            said.append(f"{parameter.name} is left out: vLLM {build.version} has no {flag}")
-        elif flag and (fixed := _deciding(parameter.name, build) & given.keys()):
-            said.append(f"{parameter.name} is left out: --engine-arg {given[min(fixed)]} fixes it")
-        else:
-            kept.append(parameter)
-    return SearchSpace(tuple(kept), _constraints({p.name for p in kept}, target, model, gpus)), said
+    fixed = given_values(given, SIZE_FLAGS, build.flags, SIZE_NUMBERS)
+    offered = _parameters(target, build, model, gpus, fixed)
+    kept, said = tunable(offered, FLAGS, engine=build.title, known=build.flags, given=given, also=ALSO)
+    rules = _constraints({p.name for p in kept}, target, model, gpus, fixed)
+    # Copies of the model hold as much each, but share the experts.
+    copies = SIZE_FLAGS["data_parallel_size"] if model.experts else ()
+    if not (unchecked := uncounted((*UNCOUNTED, *copies), build.flags, given)):
+        rules += _memory_rules(target, model, gpus, fixed)
+    return SearchSpace(kept, tuple(rules)), [*said, *unchecked]
 
 
-def _deciding(name: str, build: _Build) -> frozenset[str]:
-    """All names of the flags that decide a parameter."""
-    flags = (FLAGS[name], *ALSO.get(name, ()))
-    return frozenset(name for flag in flags for name in names_of(flag, build.flags))
+def _given(target: Target, build: _Build, reserved: Mapping[str, str] = RESERVED) -> dict[str, Given]:
+    return given_flags(target.engine_args, {*build.flags, *reserved, "-O"}, argparse=True)
 
 
-def _parameters(target: Target, build: _Build, model: hugging_face.Model, gpus: Sequence[Gpu]) -> list[Parameter]:
+def _parameters(
+    target: Target, build: _Build, model: hugging_face.Model, gpus: Sequence[Gpu], fixed: Mapping[str, Value]
+) -> list[Parameter]:
     """Every parameter that could be offered here, whether this version has its flag or not."""
     seats, batched = _batch_defaults(gpus)
     parameters = concurrency(
@@ -384,8 +380,8 @@ def _parameters(target: Target, build: _Build, model: hugging_face.Model, gpus: 
                 values=(False, True),
             )
         )
-        widths = powers_of_two(1, len(gpus))
-        if any(hugging_face.divides(model, n) for n in widths[1:]):
+        widths = hugging_face.tensor_widths(model, len(gpus), fixed)
+        if len(widths) > 1:
             parameters.append(
                 Choice(
                     name="tensor_parallel_size",
@@ -483,6 +479,9 @@ def _context(target: Target) -> int:
 
 SIZE_FLAGS: Mapping[str, tuple[str, ...]] = {
     "tensor_parallel_size": ("--tensor-parallel-size", "-tp"),
+    "pipeline_parallel_size": ("--pipeline-parallel-size", "-pp"),
+    "data_parallel_size": ("--data-parallel-size", "-dp"),
+    "cpu_offload_gb": ("--cpu-offload-gb",),
     "gpu_memory_utilization": ("--gpu-memory-utilization",),
     "dtype": ("--dtype",),
     "quantization": ("--quantization", "-q"),
@@ -490,12 +489,20 @@ SIZE_FLAGS: Mapping[str, tuple[str, ...]] = {
 }
 """What memory and heads depend on; it is not tuned where `--engine-arg` fixes it, and counts all the same."""
 
-SIZE_NUMBERS: Mapping[str, type[int | float]] = {"tensor_parallel_size": int, "gpu_memory_utilization": float}
+SIZE_NUMBERS: Mapping[str, type[int | float]] = {**hugging_face.SIZE_NUMBERS, "gpu_memory_utilization": float}
+
+UNCOUNTED = (
+    *("--decode-context-parallel-size", "-dcp", "--prefill-context-parallel-size", "-pcp", "--nnodes", "-n"),
+    *("--offload-backend", "--offload-group-size", "--kv-cache-memory-bytes", "--quantization-config"),
+    *("--hf-overrides", "--hf-config-path", "--model-class-overrides", "--language-model-only", "--mm-encoder-only"),
+)
+"""What makes less memory do, by how much is not worked out here. What needs more, such as adapters, is not listed:
+the rule is a lower bound."""
 
 
 def _constraints(
-    names: set[str], target: Target, model: hugging_face.Model, gpus: Sequence[Gpu]
-) -> tuple[Constraint, ...]:
+    names: set[str], target: Target, model: hugging_face.Model, gpus: Sequence[Gpu], fixed: Mapping[str, Value]
+) -> list[Constraint]:
     context = _context(target)
     rules = []
     if {"max_num_seqs", "max_num_batched_tokens"} <= names:
@@ -512,47 +519,51 @@ def _constraints(
                 lambda c: bool(c["enable_chunked_prefill"]) or int(c["max_num_batched_tokens"]) >= context,
             )
         )
-    fixed = given_values(target.engine_args, SIZE_FLAGS, SIZE_NUMBERS)
     if gpus and ("tensor_parallel_size" in names or "tensor_parallel_size" in fixed):
         given = int(fixed.get("tensor_parallel_size", 1))
         rules.append(hugging_face.heads_rule(model, "tensor_parallel_size", given))
+    return rules
+
+
+def _memory_rules(
+    target: Target, model: hugging_face.Model, gpus: Sequence[Gpu], fixed: Mapping[str, Value]
+) -> list[Constraint]:
+    context = _context(target)
     if gpus:
         memory = min(gpu.bytes for gpu in gpus)
-        rules.append(
+        return [
             Constraint(
                 f"weights ({model.weights / 1e9:.1f}G of them), the cache of one request ({context} tokens) and "
                 f"1 GiB of working memory fit into gpu_memory_utilization of the GPU's {memory / GIB:.0f} GiB",
-                lambda c: (
-                    hugging_face.needed_bytes(model, {**c, **fixed}, context)
-                    <= float({**c, **fixed}.get("gpu_memory_utilization", 0.9)) * memory
-                ),
+                lambda c: hugging_face.needed_bytes(model, {**c, **fixed}, context) <= _share({**c, **fixed}) * memory,
             )
-        )
-    else:
-        kept, memory = _cache_gib(target) * GIB, memory_bytes()
-        rules += [
-            Constraint(
-                f"weights ({model.weights / 1e9:.2f}G of them) and the {kept / GIB:.0f} GiB that are set aside for the "
-                f"cache ({CACHE_SPACE}) fit into the {memory / GIB:.1f} GiB of main memory",
-                lambda c: hugging_face.weight_bytes(model, {**c, **fixed}) + kept <= memory,
-            ),
-            Constraint(
-                f"the cache of one request ({context} tokens) fits into the {kept / GIB:.0f} GiB that are set aside "
-                f"for it ({CACHE_SPACE})",
-                lambda c: hugging_face.cache_bytes(model, {**c, **fixed}, context) <= kept,
-            ),
         ]
-    return tuple(rules)
+    kept, memory = _cache_gib(target) * GIB, memory_bytes()
+    return [
+        Constraint(
+            f"weights ({model.weights / 1e9:.2f}G of them) and the {kept / GIB:.0f} GiB that are set aside for the "
+            f"cache ({CACHE_SPACE}) fit into the {memory / GIB:.1f} GiB of main memory",
+            lambda c: hugging_face.weight_bytes(model, {**c, **fixed}) + kept <= memory,
+        ),
+        Constraint(
+            f"the cache of one request ({context} tokens) fits into the {kept / GIB:.0f} GiB that are set aside "
+            f"for it ({CACHE_SPACE})",
+            lambda c: hugging_face.cache_bytes(model, {**c, **fixed}, context) <= kept,
+        ),
+    ]
 
 
-def metrics(target: Target) -> tuple[str, ...]:
-    """Figures of its own that limits may be set on."""
-    return ("nll_nats_per_token",) if target.quality and not hugging_face.is_dummy(target) else ()
+def _share(config: Mapping[str, Value]) -> float:
+    """Of a GPU's memory, for weights and cache."""
+    return float(config.get("gpu_memory_utilization", 0.9))
+
+
+metrics = hugging_face.metrics
 
 
 def lacks(target: Target) -> dict[str, str]:
     """Figures that it never reports, and why."""
-    return {"quality_loss": f"{NOT_JUDGED} or leave the limit out"} if hugging_face.is_dummy(target) else {}
+    return hugging_face.lacks(target, "vLLM")
 
 
 def identity(target: Target) -> dict[str, str]:
@@ -598,9 +609,9 @@ def _flags_of(config: Config) -> list[str]:
     """The flags for `config`: each of them named, so that nothing is left for the engine to choose."""
     words: list[str] = []
     for name, value in config.items():
-        flag = FLAGS.get(name)
-        if flag is None:
+        if name not in FLAGS:
             continue
+        (flag,) = FLAGS[name]
         if name == "compilation":
             words += ["--enforce-eager"] if value == "eager" else [flag, str(value).removeprefix("O")]
         elif name == "ngram_tokens":
@@ -853,8 +864,7 @@ def service(config: Config, target: Target) -> Service:
         *("--port", str(PORT)),
         *(("--load-format", "dummy") if hugging_face.is_dummy(target) else ()),
         *_flags_of(changed),
-        # The load's own limit is none of a service's; the model's may need more cache than there is.
-        *(("--max-model-len", "auto") if "'auto'" in _text("--max-model-len", build) else ()),
+        *_context_flag(config, target, build, known, gpus),
         *target.engine_args,
     ]
     return Service(
@@ -869,6 +879,24 @@ def service(config: Config, target: Target) -> Service:
     )
 
 
-def _text(flag: str, build: _Build) -> str:
-    """A flag's entry in the help; empty where there is none."""
-    return build.flags[flag].text if flag in build.flags else ""
+def _context_flag(
+    config: Config, target: Target, build: _Build, model: hugging_face.Model, gpus: Sequence[Gpu]
+) -> tuple[str, ...]:
+    """How long a service's requests may be: the load's own limit is none of it, the model's may need more cache than
+    there is, and without a limit that fits the engine would not start.
+    """
+    flag = "--max-model-len"
+    if flag not in build.flags:
+        return ()
+    if "'auto'" in build.flags[flag].text:
+        return flag, "auto"
+    whole = {**config, **given_values(_given(target, build), SIZE_FLAGS, build.flags, SIZE_NUMBERS)}
+    if gpus:
+        empty = hugging_face.needed_bytes(model, whole, 0)
+        # Activations and recorded graphs take their part of what weights leave, by how much only the engine knows.
+        room = (_share(whole) * min(gpu.bytes for gpu in gpus) - empty) / 2
+        each = hugging_face.needed_bytes(model, whole, 1) - empty
+    else:
+        room, each = _cache_gib(target) * GIB, hugging_face.cache_bytes(model, whole, 1)
+    longest = max(_context(target), int(room / each) // 16 * 16)
+    return (flag, str(longest)) if longest < model.context else ()

@@ -113,7 +113,7 @@ def test_a_default_that_is_refused_ends_the_study_with_code_2_and_a_resume_tries
     done = run("--proposer", "rules", "--size", "wild", "--pin", "mode=refuse", trials=9)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "tune: mode=refuse: expected a mode that loads"
-    assert "`tune run --resume results/s` once that is mended" in done.stderr
+    assert "once that is mended, `tune run --resume results/s` goes on with the same options; other op" in done.stderr
     # However often it is tried before it is mended, it is not given up.
     for _ in range(3):
         assert tune("run", "--resume", "results/s", "--batch").returncode == 2

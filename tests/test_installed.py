@@ -10,10 +10,10 @@ import pytest
 
 from tuner.installed import (
     Flag,
+    Given,
     Program,
     cache_folder,
     given_flags,
-    given_value,
     given_values,
     gpus_here,
     library,
@@ -22,8 +22,9 @@ from tuner.installed import (
     packaged,
     parse_help,
     refuse_reserved,
+    tunable,
 )
-from tuner.space import Refused
+from tuner.space import Choice, Refused
 
 PROGRAM = Program(
     name="engine",
@@ -206,8 +207,8 @@ def test_a_help_page_is_read_with_choices_defaults_and_every_name():
 
 def test_all_names_of_a_flag_are_known_from_its_entry():
     flags = parse_help("  --seats SEATS, -s SEATS\n    Seats.\n  --other, -o           Other.\n")
-    assert names_of("--seats", flags) == {"--seats", "-s", "--no-seats"}
-    assert names_of("--nothing", flags) == {"--nothing", "--no-nothing"}
+    assert names_of(("--seats",), flags) == {"--seats", "-s", "--no-seats"}
+    assert names_of(("--nothing", "-s"), flags) == {"--nothing", "--no-nothing", "--seats", "-s"}
     assert flags["--seats"].text == "--seats SEATS, -s SEATS Seats."
 
 
@@ -217,27 +218,34 @@ KNOWN = ("--port", "--page-size", "-tp", "--tp-size", "-O")
 @pytest.mark.parametrize(
     ("words", "found", "as_argparse"),
     [
-        (["--port", "80"], {"--port": "--port"}, None),
-        (["--port=80"], {"--port": "--port"}, None),
-        (["--page_size", "1"], {"--page-size": "--page_size"}, None),
-        (["-tp=2", "x"], {"-tp": "-tp"}, None),
+        (["--port", "80"], {"--port": ("--port", "80")}, None),
+        (["--port=80"], {"--port": ("--port", "80")}, None),
+        (["--port"], {"--port": ("--port", None)}, None),
+        (["--port", "--tp-size=4"], {"--port": ("--port", None), "--tp-size": ("--tp-size", "4")}, None),
+        (["--port=80", "--port=81"], {"--port": ("--port", "81")}, None),
+        (["--page_size", "1"], {"--page-size": ("--page_size", "1")}, None),
+        (["-tp=2", "x"], {"-tp": ("-tp", "2")}, None),
         (["-1", "80", "a-b"], {}, None),
-        (["--unheard.of=1"], {"--unheard": "--unheard.of"}, None),
-        (["--po"], {"--po": "--po"}, {"--port": "--po"}),
-        (["-O3"], {"-O3": "-O3"}, {"-O": "-O3"}),
-        (["-tp2"], {"-tp2": "-tp2"}, None),
+        (["--unheard.of=1"], {"--unheard": ("--unheard.of", "1")}, None),
+        (["--po", "80"], {"--po": ("--po", "80")}, {"--port": ("--po", "80")}),
+        (["-t", "4"], {"-t": ("-t", "4")}, {"-tp": ("-t", "4")}),
+        (["-O3"], {"-O3": ("-O3", None)}, {"-O": ("-O3", "3")}),
+        (["-tp2"], {"-tp2": ("-tp2", None)}, None),
     ],
 )
-def test_flags_are_found_among_further_arguments_as_the_engine_reads_them(words, found, as_argparse):
-    assert given_flags(words, KNOWN, argparse=False) == found
-    assert given_flags(words, KNOWN, argparse=True) == (found if as_argparse is None else as_argparse)
+def test_flags_and_values_are_found_among_further_arguments_as_the_engine_reads_them(words, found, as_argparse):
+    def read(*, argparse):
+        return {name: (one.written, one.value) for name, one in given_flags(words, KNOWN, argparse=argparse).items()}
+
+    assert read(argparse=False) == found
+    assert read(argparse=True) == (found if as_argparse is None else as_argparse)
 
 
 def test_a_reserved_flag_is_refused_by_the_name_that_was_typed():
     flags = parse_help("  --port PORT, -p PORT\n    Port.\n")
     with pytest.raises(Refused, match=r"^--engine-arg -p: tune chooses it; leave it out$"):
-        refuse_reserved({"-p": "-p"}, {"--port": "tune chooses it"}, flags)
-    refuse_reserved({"--host": "--host"}, {"--port": "tune chooses it"}, flags)
+        refuse_reserved({"-p": Given("-p", "80")}, {"--port": "tune chooses it"}, flags)
+    refuse_reserved({"--host": Given("--host", None)}, {"--port": "tune chooses it"}, flags)
 
 
 def smi(tmp_path, monkeypatch, body):
@@ -280,25 +288,52 @@ def test_a_control_group_without_a_limit_allows_all(monkeypatch):
     assert memory_bytes() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+SIZES = parse_help("  --tp-size N, -tp N\n    Width.\n  --kind KIND\n    Kind.\n")
+
+
+def values(*words):
+    flags, numbers = {"size": ("--tp-size",), "kind": ("--kind",)}, {"size": int}
+    return given_values(given_flags(words, SIZES, argparse=True), flags, SIZES, numbers)
+
+
 @pytest.mark.parametrize(
-    ("words", "value"),
+    ("words", "said"),
     [
-        (("--tp-size=4",), "4"),
-        (("--tp-size", "4"), "4"),
-        (("-tp", "2", "--other", "x"), "2"),
-        (("--tp_size=4",), "4"),
-        (("--tp-size=4", "--tp-size=8"), "8"),
-        (("--tp-sizes=4",), None),
-        (("--tp-size",), None),
-        ((), None),
+        (("--tp-size=4", "--kind=4"), {"size": 4, "kind": "4"}),
+        (("-tp", "2", "--kind", "x"), {"size": 2, "kind": "x"}),
+        (("--tp-s=4",), {"size": 4}),
+        (("--tp-size=4", "-tp=8"), {"size": 8}),
+        (("-tp=8", "--tp-size=4"), {"size": 4}),
+        (("--tp-size",), {}),
+        ((), {}),
     ],
 )
-def test_what_a_further_argument_says_of_a_flag_is_found(words, value):
-    assert given_value(words, "--tp-size", "-tp") == value
+def test_a_parameter_has_the_value_that_further_arguments_give_to_its_flag_last_by_any_name(words, said):
+    assert values(*words) == said
 
 
 def test_a_further_argument_that_should_be_a_number_and_is_none_is_refused():
-    flags, numbers = {"size": ("--tp-size",), "kind": ("--kind",)}, {"size": int}
-    assert given_values(("--tp-size=4", "--kind=4"), flags, numbers) == {"size": 4, "kind": "4"}
-    with pytest.raises(Refused, match="--engine-arg --tp-size=four: expected a number"):
-        given_values(("--tp-size=four",), flags, numbers)
+    with pytest.raises(Refused, match="--engine-arg --tp-s=four: expected a number"):
+        values("--tp-s=four")
+
+
+def parameter(name):
+    return Choice(name=name, meaning=name, default=1, values=(1, 2))
+
+
+def test_what_this_version_lacks_cannot_have_or_is_fixed_is_left_out_with_the_reason():
+    known = parse_help("  --seats N, -s N\n    Seats.\n  --old N\n    Old.\n  --poll N\n    Poll.\n")
+    kept, notes = tunable(
+        [parameter(name) for name in ("clients", "seats", "page", "new", "poll")],
+        {"seats": ("--seats",), "page": ("--page",), "new": ("--new", "--old"), "poll": ("--poll",)},
+        engine="X 1",
+        known=known,
+        given=given_flags(["-s=4"], known, argparse=True),
+        barred={"poll": "nothing heeds it"},
+    )
+    assert [p.name for p in kept] == ["clients", "new"]
+    assert notes == [
+        "seats is left out: --engine-arg -s fixes it",
+        "page is left out: X 1 has no --page",
+        "poll is left out: nothing heeds it",
+    ]

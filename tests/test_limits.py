@@ -187,6 +187,9 @@ def test_a_limit_on_what_the_engine_does_not_report_is_one_sentence_and_exit_cod
     done = run("--limit", "ttft_p95_s<=1")
     assert done.returncode == 2
     assert "this engine reports no ttft_p95_s" in done.stderr
+    # The same options would end there again.
+    assert "stopped; other options need a new study, of another --name" in done.stderr
+    assert "--resume" not in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import struct
@@ -244,7 +245,56 @@ def test_weights_and_cache_fit_main_memory(llama, monkeypatch, mib, fits):
     monkeypatch.setattr(llama, "memory_bytes", lambda: mib * 2**20)
     told = llama.space(TINY).broken(llama.space(TINY).default())
     assert (told == []) is fits
-    assert fits or "weights (0.00015 GiB) and cache fit into the 0.000977 GiB of main memory" in told[0]
+    assert fits or "(0.00015 GiB with mmap off, else 9e-05 GiB with repack on) fit into the 0.000977 GiB" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        ({"repack": False}, True),
+        ({"repack": True}, False),
+        ({"mmap": False, "repack": False}, False),
+        ({"mmap": False, "repack": True}, False),
+    ],
+    ids=str,
+)
+def test_a_file_that_is_larger_than_memory_may_be_mapped_where_nothing_copies_it(llama, monkeypatch, changes, fits):
+    # 1.05 MB are the cache, 0.16 MB the file, 0.1 MB of it in blocks that are repacked.
+    monkeypatch.setattr(llama, "memory_bytes", lambda: 2048 * 256 * 2 + 10_000)
+    space = llama.space(TINY)
+    assert (space.broken({**space.default(), **changes}) == []) is fits
+
+
+@pytest.mark.parametrize("weights", ["Q4_0", "Q8_0", "F16"])
+def test_no_more_is_counted_as_copied_than_the_engine_copies(llama, log, weights):
+    target = replace(TINY, allow_lossy=True)
+    with llama.launch(llama.space(target).complete({"weights": weights}), target):
+        pass
+    told = Path("/proc/self/fd/2").read_text()
+    copied = sum(map(float, re.findall(r"(?:CPU_REPACK|AMX) model buffer size = +([\d.]+) MiB", told)))
+    counted = gguf_file.read(target, weights).repacked_bytes / 2**20
+    # The engine rounds to hundredths. Blocks of Q4_0 are repacked by every CPU that these wheels are made for.
+    assert counted <= copied + 0.005
+    assert (counted > 0) is (weights == "Q4_0")
+
+
+def test_tensors_are_repacked_by_type_shape_and_cpu():
+    tensors = [gguf_file.Tensor(name, shape, kind) for name, shape, kind in (
+        ("blk.0.ffn_up.weight", (256, 64), 12), ("token_embd.weight", (256, 64), 12), ("odd", (256, 63), 12),
+        ("blk.0.ffn_up_exps.weight", (256, 64, 8), 2), ("norm", (256,), 2), ("half", (256, 64), 1),
+    )]  # fmt: skip
+    q4_k, q4_0 = 256 * 64 // 256 * 144, 256 * 64 * 8 // 32 * 18
+    assert gguf_file.repacked_bytes(tensors, frozenset({"avx2"})) == q4_k + q4_0
+    assert gguf_file.repacked_bytes(tensors, frozenset({"asimddp"})) == q4_0
+    assert gguf_file.repacked_bytes(tensors, frozenset({"sse4_2"})) == 0
+
+
+def test_a_list_of_tensors_that_is_cut_short_is_for_the_engine_to_refuse(tmp_path):
+    whole = gguf_file.read(TINY).path.read_bytes()
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(whole[: whole.rindex(b"blk.1.") + 3])
+    read = gguf_file.read(replace(TINY, size=None, model=str(path)))
+    assert (read.layers, read.repacked_bytes) == (2, 0)
 
 
 ARCHITECTURE = gguf_string(b"general.architecture") + struct.pack("<I", 8) + gguf_string(b"llama")
@@ -800,7 +850,7 @@ def test_the_right_work_is_no_error(llama):
         ({"threads": 1}, ["-t", "1", "-tb", "2"]),
         ({"threads_batch": 1}, ["-tb", "1"]),
         ({"threads": 1, "threads_batch": 1}, ["-t", "1"]),
-        ({"gpu_layers": 1}, ["-ngl", "1"]),
+        ({"gpu_layers": 1}, []),
     ],
     ids=str,
 )
@@ -810,6 +860,9 @@ def test_the_command_names_what_differs_from_the_default(llama, monkeypatch, cha
     config = llama.space(target).complete(changes)
     slots = config["parallel"]
     model = str(gguf_file.generated(target, "Q4_0"))
+    # Where there is a GPU the layers on it are always named.
+    at = words.index("--kv-unified" if config["kv_unified"] else "--no-kv-unified") + 1 if "-np" in words else 0
+    words = [*words[:at], "-ngl", str(config["gpu_layers"]), *words[at:]]
     expected = ["-m", model, "-c", str(max(256 * slots, config["n_batch"])), "--fit", "off", *words]
     expected += ["--port", "8080", "--host", "127.0.0.1"]
     assert shlex.split(llama.command(config, target))[1:] == expected

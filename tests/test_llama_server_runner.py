@@ -212,6 +212,44 @@ def test_what_does_not_fit_main_memory_is_answered_without_a_launch(llama_server
     assert "fit into the 0.000931 GiB of main memory" in space.broken(space.default())[0]
 
 
+@pytest.mark.parametrize(
+    ("words", "fits"),
+    [([], False), (["-ctk=q4_0", "-ctv=q4_0"], True), (["-np=1", "-b=256"], True), (["-np=-1"], False)],
+    ids=str,
+)
+def test_what_an_argument_says_of_the_cache_counts(llama_server, monkeypatch, words, fits):
+    monkeypatch.setattr(llama_server, "memory_bytes", lambda: 10**6)
+    space = llama_server.space(replace(LOAD, engine_args=tuple(words)))
+    assert bool(space.broken(space.default())) is not fits
+
+
+def test_the_context_is_that_of_the_slots_that_an_argument_asks_for(llama_server):
+    target = replace(LOAD, engine_args=("-np", "16"))
+    assert "--ctx-size 4096 " in llama_server.command(llama_server.space(target).default(), target)
+
+
+@pytest.mark.parametrize(("layers", "fits"), [("0", True), ("3", False), ("all", False), ("auto", False)])
+def test_layers_that_an_argument_moves_to_a_gpu_count(own, llama_server, monkeypatch, layers, fits):
+    monkeypatch.setenv("FAKE_LLAMA_DEVICES", "  CUDA0: a small one (1 MiB, 1 MiB free)")
+    space = llama_server.space(replace(LOAD, engine_args=("-ngl", layers)))
+    assert bool(space.broken(space.default())) is not fits
+
+
+def test_weights_that_an_argument_moves_elsewhere_are_not_counted_and_that_is_said(own, llama_server, monkeypatch):
+    monkeypatch.setenv("FAKE_LLAMA_DEVICES", "  CUDA0: a small one (1 MiB, 1 MiB free)")
+    target = replace(LOAD, engine_args=("--cpu-moe",))
+    space = llama_server.space(target)
+    assert not space.broken({**space.default(), "n_gpu_layers": 3})
+    assert llama_server.notes(target)[-1].endswith("shows only when it is launched: --engine-arg --cpu-moe changes it")
+
+
+@pytest.mark.parametrize("device", ["  CUDA0: a small one (1 MiB, 1 MiB free)", "  CUDA0: one (80000 MiB, 1 MiB free)"])
+def test_the_command_always_names_the_layers_on_a_gpu(own, llama_server, monkeypatch, device):
+    monkeypatch.setenv("FAKE_LLAMA_DEVICES", device)
+    default = llama_server.space(LOAD).default()
+    assert f"--n-gpu-layers {default['n_gpu_layers']}" in llama_server.command(default, LOAD)
+
+
 def test_the_cache_is_counted_from_the_files_header(llama_server):
     model = gguf.read(LOAD)
     # 2 layers, 64 wide: keys and values.

@@ -353,6 +353,13 @@ def test_the_command_names_the_servers_variables(ollama, executable, monkeypatch
     assert ollama.command(default, LOAD) == f"{start} {executable} serve"
 
 
+@pytest.mark.parametrize(("mib", "named"), [(1, True), (80000, False)])
+def test_layers_on_a_gpu_are_named_unless_they_are_all(ollama, gpu, mib, named):
+    gpu(mib)
+    default = ollama.space(LOAD).default()
+    assert (f"PARAMETER num_gpu {default['num_gpu']}" in ollama.command(default, LOAD)) is named
+
+
 def test_the_printed_command_serves_what_was_measured_and_makes_the_model(ollama, log, tmp_path, monkeypatch):
     """Started by a shell, the server has the launch's variables, and the model beside the old one its options."""
     tuned = {"num_parallel": 2, "flash_attention": "on", "kv_cache_type": "q8_0", "num_batch": 64, "num_thread": 1}

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import signal
 import socket
 import statistics
@@ -412,6 +413,54 @@ def test_an_argument_that_the_engine_rejects_is_refused_with_its_option(log):
     server = python(code, given=("--even", "--odd"))
     with pytest.raises(Refused, match=r"^--engine-arg=--odd: engine does not take it \(error: unrecognized .*leave it"):
         wait_ready("http://127.0.0.1:1", server, timeout_seconds=20)
+    server.stop()
+
+
+REJECTIONS = {
+    "a name that was cut short": (
+        "serve: error: argument --tensor-parallel-size/-tp: invalid int value: 'x'",
+        "--tensor-parallel=x",
+    ),
+    "llama.cpp's": ("error: invalid argument: --odd", "--odd"),
+    "llama.cpp's, of a value": ('error while handling argument "-fa": error: unknown value', "-fa"),
+}
+
+
+@pytest.mark.parametrize(("said", "word"), REJECTIONS.values(), ids=REJECTIONS)
+def test_an_argument_is_refused_in_whatever_words_the_engine_does_not_take_it(log, said, word):
+    server = python(f"import sys; sys.exit({said!r})", given=("--even", word))
+    with pytest.raises(Refused, match=rf"^--engine-arg={re.escape(word)}: engine does not take it"):
+        wait_ready("http://127.0.0.1:1", server, timeout_seconds=20)
+    server.stop()
+
+
+MEMORY_ADVICE = "Not enough memory. Please try to increase --mem-fraction-static."
+
+NO_REJECTIONS = {
+    "advice on memory": (MEMORY_ADVICE, "out of memory: Not enough memory."),
+    "advice on memory beside a rejection": (
+        f"{MEMORY_ADVICE}\nerror: argument --mem-fraction-static: x",
+        "out of memory",
+    ),
+    "another cause that names it": ("ValueError: --mem-fraction-static is odd here", "ValueError: --mem"),
+    "another flag's": ("error: argument --page-size: odd", "error: argument --page-size"),
+}
+
+
+@pytest.mark.parametrize(("said", "cause"), NO_REJECTIONS.values(), ids=NO_REJECTIONS)
+def test_what_names_an_argument_and_rejects_none_is_a_failure_of_this_configuration(log, said, cause):
+    symptoms = Symptoms(out_of_memory=("Not enough memory.*",))
+    server = python(f"import sys; sys.exit({said!r})", given=("--mem-fraction-static=0.9",), symptoms=symptoms)
+    with pytest.raises(RuntimeError, match=re.escape(f"engine ended while loading (exit status 1): {cause}")):
+        wait_ready("http://127.0.0.1:1", server, timeout_seconds=20)
+    server.stop()
+
+
+def test_no_argument_is_to_blame_once_the_engine_has_served(log):
+    server = python("import sys; sys.exit('error: argument --odd: odd')", given=("--odd",))
+    assert until(lambda: server.end() is not None)
+    assert type(server.ended("in the middle of a pass")) is RuntimeError
+    assert type(server.ended("while loading", loading=True)) is Refused
     server.stop()
 
 

@@ -222,6 +222,35 @@ def test_a_share_of_memory_that_an_argument_fixes_counts(sglang, gpus, tmp_path)
         assert bool(space.broken(space.default())) is not fits
 
 
+# 70.6G weights in 16 bits are 131 GiB.
+SEVENTY = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+
+
+@pytest.mark.parametrize(
+    ("words", "fits"),
+    [
+        ([], False),
+        (["--pp-size=4"], True),
+        (["--pipeline-parallel-size", "4"], True),
+        (["--cpu-offload-gb=100"], True),
+        (["--tensor-parallel=4"], True),
+        (["--tp-size=2", "--mem-f=0.5"], False),
+        (["--json-model-override-args={}"], True),
+        (["--tp-size=4", "--dp-size=3", "--enable-dp-attention"], True),
+    ],
+    ids=str,
+)
+def test_what_an_argument_says_of_memory_counts_by_whatever_name(sglang, gpus, tmp_path, words, fits):
+    gpus(*[("NVIDIA H100 80GB HBM3", 81559)] * 4)
+    trained = replace(ON_GPU, model=model_folder(tmp_path / "m", **SEVENTY), dummy_weights=True)
+    space = sglang.space(replace(trained, engine_args=tuple(words)))
+    assert bool(space.broken(space.default())) is not fits
+
+
+def test_the_cpu_may_be_asked_for_by_the_beginning_of_the_flag(sglang):
+    assert sglang.identity(replace(LOAD, engine_args=("--dev", "cpu")))["device"] == "cpu"
+
+
 @pytest.mark.parametrize(("gib", "fits"), [(20, True), (16, False)])
 def test_weights_and_cache_fit_a_cpus_memory(sglang, monkeypatch, tmp_path, gib, fits):
     monkeypatch.setattr(sglang, "memory_bytes", lambda: gib * 2**30)

@@ -270,6 +270,56 @@ def test_gpus_that_an_argument_asks_for_share_the_heads_and_the_memory_too(vllm,
         assert bool(space.broken(space.default())) is not fits
 
 
+# 70.6G weights in 16 bits are 131 GiB.
+SEVENTY = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+H100 = ("NVIDIA H100 80GB HBM3", 81559)
+
+
+@pytest.mark.parametrize(
+    ("words", "fits"),
+    [
+        ([], False),
+        (["--pipeline-parallel-size=4"], True),
+        (["-pp", "2"], True),
+        (["--pipeline-p=4", "--gpu-memory-utilization=0.4"], False),
+        (["--cpu-offload-gb=100"], True),
+        (["--cpu-offload-gb", "20"], False),
+        (["--tensor-parallel=4"], True),
+        (["--tensor-p", "2", "--gpu-mem=0.5"], False),
+        (["--kv-cache-memory-bytes=8G"], True),
+        (["--data-parallel-size=4"], False),
+    ],
+    ids=str,
+)
+def test_what_an_argument_says_of_memory_counts_by_whatever_name(vllm, gpus, tmp_path, words, fits):
+    gpus(*[H100] * 4)
+    trained = replace(LOAD, model=str(model_folder(tmp_path / "m", **SEVENTY)), dummy_weights=True)
+    space = vllm.space(replace(trained, engine_args=tuple(words)))
+    assert bool(space.broken(space.default())) is not fits
+
+
+def test_a_rule_on_memory_that_an_argument_makes_unknown_is_left_out_and_said_so(vllm, gpus):
+    gpus(H100)
+    target = replace(LOAD, engine_args=("--kv-cache-mem", "8G"))
+    note = "whether a configuration fits into memory shows only when it is launched: --engine-arg"
+    assert vllm.notes(target) == [f"{note} --kv-cache-mem changes it"]
+
+
+def test_copies_of_a_model_share_its_experts_so_that_memory_is_not_checked(vllm, gpus, tmp_path):
+    gpus(*[H100] * 8)
+    experts = model_folder(tmp_path / "m", model_type="mixtral", num_local_experts=32, **SEVENTY)
+    target = replace(LOAD, model=str(experts), dummy_weights=True)
+    space, copies = vllm.space(target), vllm.space(replace(target, engine_args=("-dp=8",)))
+    assert space.broken(space.default())
+    assert not copies.broken(copies.default())
+
+
+def test_gpus_that_stages_take_are_not_offered_to_share_a_layer(vllm, gpus, tmp_path):
+    gpus(*[H100] * 4)
+    target = replace(LOAD, model=str(model_folder(tmp_path / "m")), engine_args=("-pp=2",))
+    assert vllm.space(target)["tensor_parallel_size"].values == (1, 2)
+
+
 @pytest.mark.parametrize(("gib", "fits"), [(18, True), (16, False)])
 def test_weights_and_the_cache_set_aside_fit_a_cpus_memory(vllm, monkeypatch, tmp_path, gib, fits):
     monkeypatch.setattr(vllm, "memory_bytes", lambda: gib * 2**30)
@@ -390,6 +440,9 @@ def test_short_names_count_on_a_gpu_too(vllm, gpus, tmp_path, flag):
         (["--seed=1"], "--engine-arg --seed: tune sets it, by its own --seed; leave it out"),
         (["--generation-config=auto"], "--engine-arg --generation-config: tune sets it itself; leave it out"),
         (["--no-disable-uvicorn-access-log"], "--no-disable-uvicorn-access-log: tune sets it itself; leave it out"),
+        (["--uds=/x"], "--engine-arg --uds: tune reaches the engine through a port; leave it out"),
+        (["--headless"], "--engine-arg --headless: tune reaches the engine through HTTP; leave it out"),
+        (["--config", "c.yaml"], "does not see what the file sets; name its flags one by one; leave it out"),
         (["--load-format=auto"], "--load-format: tune sets it, to let vLLM draw the weights; leave it out"),
     ],
     ids=str,
@@ -766,6 +819,30 @@ def test_the_command_names_only_what_differs_from_the_default(vllm, executable):
 def test_a_version_without_an_automatic_context_gets_no_limit(own, vllm, monkeypatch):
     monkeypatch.setenv("FAKE_VLLM_LACKS", "--max-model-len")
     assert "--max-model-len" not in vllm.command(vllm.space(LOAD).default(), LOAD)
+
+
+@pytest.fixture
+def without_auto(own, monkeypatch):
+    """A version whose --max-model-len takes numbers only."""
+    monkeypatch.setenv("FAKE_VLLM_TAKES_NO", "'auto'")
+
+
+def test_a_context_that_does_not_fit_is_named_where_the_version_cannot_find_one_itself(
+    vllm, without_auto, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    target = replace(LOAD, model=str(model_folder(tmp_path / "m", max_position_embeddings=10**6)), dummy_weights=True)
+    # 32 layers of 2 x 8 x 128 numbers of 2 bytes are 128 KiB a token.
+    assert vllm.command(vllm.space(target).default(), target).endswith(" --max-model-len 8192")
+    assert "--max-model-len" not in vllm.command(vllm.space(LOAD).default(), LOAD)
+
+
+def test_on_a_gpu_half_of_what_weights_leave_is_taken_for_the_context(vllm, without_auto, gpus, tmp_path):
+    gpus(("NVIDIA L4", 23034))
+    target = replace(LOAD, model=str(model_folder(tmp_path / "m", max_position_embeddings=10**6)), dummy_weights=True)
+    # 0.92 of 22.5 GiB less 1 GiB and 15.0 GiB of weights leave 4.7 GiB; 128 KiB a token.
+    words = shlex.split(vllm.command(vllm.space(target).default(), target))
+    assert 18000 < int(words[words.index("--max-model-len") + 1]) < 20000
 
 
 TUNED = {

@@ -29,7 +29,7 @@ from tuner.control import ControlError, PowerControl, split
 from tuner.journal import JournalError, Plan
 from tuner.limits import QUALITY_LOSS, Limit, broken
 from tuner.measure import settling_seconds
-from tuner.space import Config, Refused, closest
+from tuner.space import Config, Refused, RefusedForGood, closest
 from tuner.summary import grouped
 from tuner.supervise import out_of_memory_kills, signal_name
 from tuner.telemetry import WATCHES_GPUS, Sampler
@@ -425,7 +425,7 @@ def within_limits(trial: Trial, limits: Sequence[Limit], judged_by_default: bool
     `judged_by_default`: the default's output is there, so that a limit on quality can be judged.
 
     Raises:
-        Refused: a limit is set on a figure that this engine does not report, so that nothing could ever keep to it.
+        RefusedForGood: a limit is set on a figure that this engine does not report, so that nothing could keep to it.
     """
     if trial.error is not None or not limits:
         return trial
@@ -436,7 +436,7 @@ def within_limits(trial: Trial, limits: Sequence[Limit], judged_by_default: bool
             trial, error=f"{on_quality} cannot be judged: the default has put nothing out to hold it against"
         )
     if unknown := next((limit for limit in limits if limit.column not in metrics), None):
-        raise Refused(
+        raise RefusedForGood(
             f"--limit {unknown}: this engine reports no {unknown.column}{closest(unknown.column, list(metrics))}"
             f" (it reports {', '.join(metrics) or 'nothing'}); start again with a limit on one of these"
         )

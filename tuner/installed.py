@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.serving import cut
-from tuner.space import Refused, Value
+from tuner.space import Parameter, Refused, Value
 
 # --- the program -----------------------------------------------------------------------------
 
@@ -231,30 +231,52 @@ def parse_help(text: str) -> dict[str, Flag]:
 # --- further arguments -----------------------------------------------------------------------
 
 
-def given_flags(words: Sequence[str], known: Collection[str], *, argparse: bool) -> dict[str, str]:
-    """The flags among the words of `--engine-arg`: each as it was written, under the name that the help gives it.
+@dataclass(frozen=True)
+class Given:
+    """A flag among the words of `--engine-arg`."""
+
+    written: str
+    """As a person wrote it, without its value."""
+    value: str | None
+    """None where no value follows it."""
+
+
+def given_flags(words: Sequence[str], known: Collection[str], *, argparse: bool) -> dict[str, Given]:
+    """The flags among the words of `--engine-arg`, under the names that the help gives them, in the order of the words.
 
     Args:
         words: `--port=80`, or `--port` and `80`.
         known: every name of every flag.
-        argparse: Python's, which takes the beginning of a long name for it, and a value right after a letter.
+        argparse: Python's, which takes the beginning of a name for it, and a value right after a letter.
     """
-    found: dict[str, str] = {}
-    for word in words:
-        written = word.partition("=")[0]
-        if not re.match(r"--?[A-Za-z]", written):
+    found: dict[str, Given] = {}
+    for word, following in itertools.zip_longest(words, words[1:]):
+        written, equals, value = word.partition("=")
+        if not _FLAG.match(written):
             continue
         # Both kinds of engine take `_` for `-`; what follows a dot is a field of the flag's JSON.
         name = written.partition(".")[0].replace("_", "-") if written.startswith("--") else written
-        names = {name} & {*known}
-        if not names and argparse:
-            whole = name.startswith("--")
-            names = {k for k in known if (k.startswith(name) if whole else len(k) == 2 and name.startswith(k))}
-        found.update(dict.fromkeys(names or {name}, written))
+        given = Given(written, value if equals else None if following is None or _FLAG.match(following) else following)
+        meant = {name: given} if name in known or not argparse else _meant(name, given, known) or {name: given}
+        for flag, as_given in meant.items():
+            # The last one counts.
+            found.pop(flag, None)
+            found[flag] = as_given
     return found
 
 
-def refuse_reserved(given: Mapping[str, str], reserved: Mapping[str, str], flags: Mapping[str, object]) -> None:
+_FLAG = re.compile(r"--?[A-Za-z]")
+
+
+def _meant(name: str, given: Given, known: Collection[str]) -> dict[str, Given]:
+    """What argparse takes for a name that is none: all names that begin so, or a letter with its value."""
+    if whole := [flag for flag in known if flag.startswith(name)]:
+        return dict.fromkeys(whole, given)
+    letters = (flag for flag in known if len(flag) == 2 and name.startswith(flag))
+    return {} if name.startswith("--") else {flag: Given(given.written, name[2:]) for flag in letters}
+
+
+def refuse_reserved(given: Mapping[str, Given], reserved: Mapping[str, str], flags: Mapping[str, object]) -> None:
     """Nothing that tune sets itself may be given once more.
 
     Args:
@@ -266,15 +288,103 @@ def refuse_reserved(given: Mapping[str, str], reserved: Mapping[str, str], flags
         Refused: the first that is given, by whatever name.
     """
     for flag, why in reserved.items():
-        for name in sorted(names_of(flag, flags) & given.keys()):
-            raise Refused(f"--engine-arg {cut(given[name], 80)}: {why}; leave it out")
+        for name in sorted(names_of((flag,), flags) & given.keys()):
+            raise Refused(f"--engine-arg {cut(given[name].written, 80)}: {why}; leave it out")
 
 
-def names_of(flag: str, flags: Mapping[str, object]) -> frozenset[str]:
-    """A flag's names: all of its entry in the help, and its negation."""
-    entry = flags.get(flag)
-    same = {name for name, other in flags.items() if other is entry} if entry is not None else set()
-    return frozenset({flag, flag.replace("--", "--no-", 1), *same})
+def names_of(flags: Sequence[str], known: Mapping[str, object]) -> frozenset[str]:
+    """All names of these flags: those of their entries in the help, and their negations."""
+    entries = [known[flag] for flag in flags if flag in known]
+    same = {name for name, entry in known.items() if any(entry is one for one in entries)}
+    return frozenset({*flags, *same, *(flag.replace("--", "--no-", 1) for flag in flags)})
+
+
+def given_values(
+    given: Mapping[str, Given],
+    parameters: Mapping[str, Sequence[str]],
+    known: Mapping[str, object],
+    numbers: Mapping[str, type[int | float]],
+) -> dict[str, Value]:
+    """The values that the words of `--engine-arg` give to parameters, by the parameter's name.
+
+    Args:
+        given: of `given_flags`.
+        parameters: the flags that give each a value.
+        known: the help's entries, by every name.
+        numbers: the parameters whose values are numbers.
+
+    Raises:
+        Refused: such a value is none.
+    """
+    found: dict[str, Value] = {}
+    for name, flags in parameters.items():
+        names = names_of(flags, known)
+        said = [(one.written, one.value) for flag, one in given.items() if flag in names and one.value is not None]
+        if not said:
+            continue
+        written, text = said[-1]
+        try:
+            found[name] = numbers[name](text) if name in numbers else text
+        except ValueError as error:
+            raise Refused(f"--engine-arg {written}={cut(text, 40)}: expected a number") from error
+    return found
+
+
+def uncounted(flags: Sequence[str], known: Mapping[str, object], given: Mapping[str, Given]) -> list[str]:
+    """The note that memory is not checked beforehand; empty where it is.
+
+    Args:
+        flags: with which it is not known what memory is needed.
+        known: the help's entries, by every name.
+        given: of `given_flags`.
+    """
+    written = sorted(given[name].written for name in names_of(flags, known) & given.keys())
+    note = "whether a configuration fits into memory shows only when it is launched: --engine-arg {} changes it"
+    return [note.format(written[0])] if written else []
+
+
+def first_known(flags: Sequence[str], known: Collection[str]) -> str | None:
+    """The one of these flags, the best first, that this version has; None where it has none."""
+    return next((flag for flag in flags if flag in known), None)
+
+
+def tunable(
+    parameters: Sequence[Parameter],
+    flags: Mapping[str, Sequence[str]],
+    *,
+    engine: str,
+    known: Mapping[str, object],
+    given: Mapping[str, Given],
+    also: Mapping[str, Sequence[str]] | None = None,
+    barred: Mapping[str, str] | None = None,
+) -> tuple[tuple[Parameter, ...], list[str]]:
+    """The parameters that this version of an engine has and nobody has fixed, and why each of the others is left out.
+
+    Args:
+        parameters: those that it could have.
+        flags: behind each parameter, the best first; of those that the client decides, none.
+        engine: its name and version.
+        known: the help's entries, by every name.
+        given: of `given_flags`.
+        also: further flags that decide a parameter.
+        barred: by parameter, why this build cannot have it.
+    """
+    kept: list[Parameter] = []
+    notes: list[str] = []
+    for parameter in parameters:
+        name, behind = parameter.name, flags.get(parameter.name, ())
+        fixing = names_of((*behind, *(also or {}).get(name, ())), known) & given.keys()
+        if behind and first_known(behind, known) is None:
+            why = f"{engine} has no {behind[0]}"
+        elif barred and name in barred:
+            why = barred[name]
+        elif fixing:
+            why = f"--engine-arg {given[min(fixing)].written} fixes it"
+        else:
+            kept.append(parameter)
+            continue
+        notes.append(f"{name} is left out: {why}")
+    return tuple(kept), notes
 
 
 # --- the machine -----------------------------------------------------------------------------
@@ -315,40 +425,3 @@ def memory_bytes() -> int:
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     except (OSError, ValueError):  # no such file, or `max`
         return total
-
-
-def given_value(words: Sequence[str], *flags: str) -> str | None:
-    """The value that the words of `--engine-arg` give to a flag, by any of its names; None where they name none.
-
-    As the engines' parsers do: the last one counts, `--flag=value` or `--flag` and `value`, `_` for `-`.
-    """
-    found = None
-    for word, following in itertools.zip_longest(words, words[1:]):
-        name, equals, value = word.partition("=")
-        if name.replace("_", "-") in flags:
-            found = value if equals else following
-    return found
-
-
-def given_values(
-    words: Sequence[str], flags: Mapping[str, Sequence[str]], numbers: Mapping[str, type[int | float]]
-) -> dict[str, Value]:
-    """What the words of `--engine-arg` say of parameters, by the parameter's name.
-
-    Args:
-        words: of `--engine-arg`.
-        flags: all names of each parameter's flag.
-        numbers: the parameters whose values are numbers.
-
-    Raises:
-        Refused: such a value is none.
-    """
-    found: dict[str, Value] = {}
-    for name, names in flags.items():
-        if (text := given_value(words, *names)) is None:
-            continue
-        try:
-            found[name] = numbers[name](text) if name in numbers else text
-        except ValueError as error:
-            raise Refused(f"--engine-arg {names[0]}={cut(text, 40)}: expected a number") from error
-    return found

@@ -88,6 +88,12 @@ _TELLING = (
     r"(?i)\b(?:fatal|panic|abort)\w*\b.*: .+",
 )
 
+# How argparse (of Python and of Rust) and llama.cpp say that they do not take an argument.
+_REJECTED = re.compile(
+    r"\berror: (?:unrecognized arguments?|argument|ambiguous option|unexpected argument|invalid argument)\b.*"
+    r"|error while handling argument .*"
+)
+
 _PORT_TAKEN = r"(?i)address already in use|EADDRINUSE|couldn't bind|\bport \S+ (?:is )?(?:already in use|not available)"
 
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
@@ -160,11 +166,26 @@ class Server:
             return f"out of memory: {lack}"
         return first_line(self.log(), (*self._symptoms.telling, *_TELLING))
 
-    def ended(self, when: str) -> RuntimeError | Refused:
+    def _rejected(self) -> str | None:
+        """The word of a person's that the log says was not taken; None where it says so of none."""
+        if self.lack_of_memory():
+            # Advice on memory names flags too.
+            return None
+        said = [found[0] for found in map(_REJECTED.search, self.log().splitlines()) if found]
+        words = [word for word in self._given if word.startswith("-")]
+        # A name may have been cut short, and stands in the message as it is in full.
+        for ends in (r"(?![\w-])", ""):
+            for word in words:
+                flag = re.escape(word.partition("=")[0]) + ends
+                if any(re.search(rf"(?<![\w-]){flag}", line) for line in said):
+                    return word
+        return None
+
+    def ended(self, when: str, *, loading: bool = False) -> RuntimeError | Refused:
         """Why an engine that has ended did so `when` (`while loading`), to be raised.
 
         A signal says nothing of its reason, so that a line of the log then stands beside it and not in its place.
-        It is a `Refused` where the engine did not take an argument that a person gave it.
+        It is a `Refused` where the engine ended `loading`, because of an argument that a person gave it.
         """
         name, end, starved = self.name, self.end() or "no status", out_of_memory_kills() > self._kills
         if end.startswith(NOT_STARTED):
@@ -177,11 +198,11 @@ class Server:
             if starved and end == "SIGKILL":
                 return RuntimeError(f"out of memory: the kernel killed {name} {when} (SIGKILL); {beside}")
             return RuntimeError(f"{name} was killed by {end} {when}; {beside}")
+        if word := self._rejected() if loading else None:
+            return Refused(
+                f"--engine-arg={word}: {name} does not take it ({self.cause()}); leave it out, or correct it"
+            )
         cause = self.cause()
-        for word in self._given:
-            flag = word.partition("=")[0]
-            if flag.startswith("-") and re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", cause):
-                return Refused(f"--engine-arg={word}: {name} does not take it ({cause}); leave it out, or correct it")
         # Which process it was is not known: an engine's worker is as likely as a stranger's program.
         beside = "; the kernel killed a process for lack of memory meanwhile" if starved else ""
         return RuntimeError(f"{name} ended {when} ({end}): {cause}{beside}")
@@ -422,7 +443,7 @@ def wait_ready(url: str, server: Server, *, timeout_seconds: float = 1800.0, pat
     answer, stranger_until = "nothing", 0.0
     while True:
         if server.end() is not None:
-            raise server.ended("while loading")
+            raise server.ended("while loading", loading=True)
         try:
             status, _ = endpoint.get(path, timeout_seconds=5.0)
         except OSError:

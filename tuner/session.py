@@ -30,7 +30,7 @@ from tuner.evaluate import Known, Launcher, trial_folder
 from tuner.journal import End, Header, Journal, StopKind
 from tuner.proposers.review import Review
 from tuner.repeats import Due, drifts, due
-from tuner.space import Config, Refused, SearchSpace
+from tuner.space import Config, Refused, RefusedForGood, SearchSpace
 from tuner.study import Again, Threshold, at_most, run_study, stopped_by_person, three_failures, within
 from tuner.summary import changes_text, load_text, seconds_of_next, seconds_text, typical_trial_seconds, usage
 from tuner.trial import Chat, ChatError, Decision, Goal, History, Proposal, Proposer, Repeat, Trial
@@ -80,14 +80,13 @@ class Session:
             end = End(kind="chat", reason=str(error))
             self.journal.append(end)
             found = None
-        except Refused:
+        except Refused as refused:
             # What a person has to mend first says nothing against the configuration that it cut short.
             self.journal.append(Decision(action="stop", before_trial=len(self.journal.study.history), remark="refused"))
             self.screen.close()
-            self.screen.warn(
-                f"stopped; with the same options it goes on with `tune run --resume {self.journal.folder}` once that is"
-                " mended"
-            )
+            resumed = f"once that is mended, `tune run --resume {self.journal.folder}` goes on with the same options; "
+            for_good = isinstance(refused, RefusedForGood)
+            self.screen.warn(f"stopped; {'' if for_good else resumed}other options need a new study, of another --name")
             raise
         except BaseException as leaving:
             try:

@@ -41,6 +41,10 @@ class Refused(ValueError):
     """What was asked for cannot be done; the message is the whole answer and says what can be."""
 
 
+class RefusedForGood(Refused):
+    """One that the same options would meet again, whatever is mended."""
+
+
 def show(value: Value | None) -> str:
     """A value as a person types it: `true`, `4`, `q8_0`."""
     if value is None:

@@ -1,7 +1,7 @@
 """A stand-in for the `vllm` executable: its flags, its help, its log, its API; FAKE_VLLM says how it fails.
 
 The help is vLLM 0.32's own (Apache-2.0), cut down to the flags that the runner uses; FAKE_VLLM_LACKS removes flags from
-it, as an older version would. Log lines and metrics are those of a real start on a CPU.
+it, as an older version would, and FAKE_VLLM_TAKES_NO a word. Log lines and metrics are those of a real start on a CPU.
 """
 
 import os
@@ -17,6 +17,8 @@ from launcher import leave_note
 from openai_server import CUDA_OUT_OF_MEMORY, Engine
 
 HELP = Path(__file__).with_name("vllm_help.txt").read_text()
+if taken := os.environ.get("FAKE_VLLM_TAKES_NO"):
+    HELP = HELP.replace(taken, "")
 ENTRY = re.compile(r"^  (--[a-z-]+)(?:[ ,].*)?\n(?:    .*\n)*", re.MULTILINE)
 
 

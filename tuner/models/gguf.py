@@ -15,8 +15,8 @@ import re
 import shlex
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,8 @@ class Model:
     """Numbers that one token leaves in the cache, over all layers; 0 where the file does not say."""
     tokens: tuple[int, ...]
     """Ids of ordinary tokens: no control tokens, no bytes."""
+    repacked_bytes: int = 0
+    """Of weights that are surely copied where they are repacked for this CPU."""
 
 
 def read(target: Target, weights: str = DEFAULT_WEIGHTS) -> Model:
@@ -126,8 +128,21 @@ class NewerVersion(Exception):
     """The file has a version of the format that nobody knew when this was written; it is the argument."""
 
 
-def metadata(data: mmap.mmap) -> dict[str, Any]:
-    """The key-value pairs of a GGUF file. Of an array of strings only its indices are given: nobody needs the texts.
+@dataclass(frozen=True)
+class Tensor:
+    """An entry of a GGUF file's list of tensors."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Columns first."""
+    kind: int
+    """Its number in ggml's list of types."""
+
+
+def metadata(data: mmap.mmap) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+    """The key-value pairs of a GGUF file, and its list of tensors; that is empty where the file ends before.
+
+    Of an array of strings only its indices are given: nobody needs the texts.
 
     `gguf.GGUFReader` reads the same, but takes seconds for a vocabulary of 100,000 pieces.
 
@@ -135,7 +150,7 @@ def metadata(data: mmap.mmap) -> dict[str, Any]:
         NewerVersion: of the format.
         ValueError, LookupError, OverflowError, struct.error: the bytes are no GGUF of version 2 or 3.
     """
-    magic, version, _, pairs = struct.unpack_from("<4sIQQ", data)
+    magic, version, tensors, pairs = struct.unpack_from("<4sIQQ", data)
     # A file of the other byte order has a version of millions.
     if magic == b"GGUF" and NEWEST < version < 1000:
         raise NewerVersion(version)
@@ -175,7 +190,23 @@ def metadata(data: mmap.mmap) -> dict[str, Any]:
         offset += struct.calcsize(layout)
         return values
 
-    return {string(): value(number("I")) for _ in range(pairs)}
+    found = {string(): value(number("I")) for _ in range(pairs)}
+
+    def tensor() -> Tensor:
+        name, dimensions = string(), number("I")
+        if dimensions > _MOST_DIMENSIONS:
+            raise ValueError("dimensions")
+        shape = tuple(number("Q") for _ in range(dimensions))
+        kind, _ = number("I"), number("Q")
+        return Tensor(name, shape, kind)
+
+    # What is wrong with them the engine says itself, and better.
+    with suppress(ValueError, OverflowError, struct.error):
+        return found, tuple(tensor() for _ in range(tensors))
+    return found, ()
+
+
+_MOST_DIMENSIONS = 4
 
 
 def _header(path: Path) -> Model:
@@ -190,7 +221,7 @@ def _header(path: Path) -> Model:
 def _header_of(path: Path, size: int, _mtime_ns: int) -> Model:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            pairs = metadata(data)
+            pairs, tensors = metadata(data)
         architecture = pairs["general.architecture"]
         own = {key.removeprefix(f"{architecture}."): v for key, v in pairs.items()}
         heads = own.get("attention.head_count", 0)
@@ -208,6 +239,7 @@ def _header_of(path: Path, size: int, _mtime_ns: int) -> Model:
             head_width=head_width,
             cache_values_per_token=cache_values_per_token(own),
             tokens=tuple(ordinary) or tuple(vocabulary),
+            repacked_bytes=repacked_bytes(tensors, _cpu_features()),
         )
     except NewerVersion as error:
         raise Refused(
@@ -247,15 +279,49 @@ def cache_values_per_token(own: Mapping[str, Any]) -> int:
     return (number("attention.key_length", width) + number("attention.value_length", width)) * all_heads
 
 
+REPACKED: Mapping[int, tuple[int, int, frozenset[str]]] = {
+    2: (32, 18, frozenset({"avx2", "asimddp"})),  # Q4_0
+    12: (256, 144, frozenset({"avx2"})),  # Q4_K
+    20: (32, 18, frozenset({"avx2", "asimddp"})),  # IQ4_NL
+}
+"""By type: weights and bytes of a block, and the CPU features any one of which repacks it. Those that have been since
+2025; later builds know more (`ggml_repack_get_optimal_repack_type` in ggml/src/ggml-cpu/repack.cpp)."""
+
+
+def repacked_bytes(tensors: Iterable[Tensor], features: frozenset[str]) -> int:
+    """Bytes of the weights that repacking copies on a CPU with these features; what is only looked up stays mapped."""
+    found = 0
+    for tensor in tensors:
+        weights, size, needs = REPACKED.get(tensor.kind, (1, 0, frozenset()))
+        looked_up = "embd" in tensor.name
+        if needs & features and not looked_up and len(tensor.shape) > 1 and tensor.shape[1] % 8 == 0:
+            found += math.prod(tensor.shape) // weights * size
+    return found
+
+
+def _cpu_features() -> frozenset[str]:
+    with suppress(OSError):
+        return frozenset(Path("/proc/cpuinfo").read_text().split())
+    return frozenset()
+
+
 CACHE_BYTES: Mapping[str, float] = {"f16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32}
 """Bytes of a cached number by its type; a quantised block holds 32 and one 2-byte scale."""
 
 
+LEAST_CACHE_BYTES = min(CACHE_BYTES.values())
+"""Of a type that is not tuned but may be asked for with `--engine-arg`."""
+
+
 def needed_bytes(model: Model, config: Mapping[str, Value], context: int) -> float:
     """Weights, and a cache of `context` tokens."""
+    return model.bytes + _cache_bytes(model, config, context)
+
+
+def _cache_bytes(model: Model, config: Mapping[str, Value], context: int) -> float:
     values = model.cache_values_per_token / 2
     types = (str(config.get(f"cache_type_{side}", "f16")) for side in ("k", "v"))
-    return model.bytes + context * sum(values * CACHE_BYTES[kind] for kind in types)
+    return context * sum(values * CACHE_BYTES.get(kind, LEAST_CACHE_BYTES) for kind in types)
 
 
 def memory_rule(
@@ -263,19 +329,32 @@ def memory_rule(
     memory: int,
     context: Callable[[Mapping[str, Value]], int],
     offloaded: Callable[[Mapping[str, Value]], float],
+    fixed: Mapping[str, Value] | None = None,
 ) -> Constraint:
-    """That weights and cache fit into main memory.
+    """That what llama.cpp copies into main memory fits there.
+
+    Pages of a mapped file can be dropped and read again: a model that is larger than memory runs, slowly. All weights
+    are copied where `mmap` is off, and those that have another layout where `repack` is on.
 
     Args:
         model: what is loaded.
         memory: bytes.
         context: tokens of all slots under a configuration.
         offloaded: the share of the layers that are on a GPU.
+        fixed: what is not tuned and counts all the same.
     """
+
+    def held(config: Mapping[str, Value]) -> float:
+        copied = model.repacked_bytes if config.get("repack", False) else 0
+        if not config.get("mmap", True):
+            copied = model.bytes
+        return (1 - offloaded(config)) * (copied + _cache_bytes(model, config, context(config)))
+
     return Constraint(
-        f"weights ({model.bytes / GIB:.2g} GiB) and cache fit into the {memory / GIB:.3g} GiB of main memory, as far "
-        "as they are not on a GPU",
-        lambda c: (1 - offloaded(c)) * needed_bytes(model, c, context(c)) <= memory,
+        f"the cache and the weights that are copied ({model.bytes / GIB:.2g} GiB with mmap off, else "
+        f"{model.repacked_bytes / GIB:.2g} GiB with repack on) fit into the {memory / GIB:.3g} GiB of main memory, as "
+        "far as they are not on a GPU",
+        lambda c: held({**c, **(fixed or {})}) <= memory,
     )
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 
 from tuner.installed import cache_folder
 from tuner.serving import cut
-from tuner.space import Constraint, Refused, Value
+from tuner.space import Constraint, Refused, Value, powers_of_two
 from tuner.trial import Target
 
 GIB = 2**30
@@ -78,6 +78,8 @@ class Model:
     """The method that its weights are quantised with already."""
     latent: bool = False
     """Whether its cache is a compressed one for all heads (multi-head latent attention)."""
+    experts: bool = False
+    """Whether a token passes through some of its feed-forward parts only."""
 
 
 def read(target: Target) -> Model:
@@ -145,6 +147,7 @@ def _read_model(name: str, folder: Path, generated: Shape | None, *, dummy: bool
             cache_values_per_token=layers * per_layer,
             weights=stored // BYTES_OF.get(dtype, 2),
             latent=bool(of.get("kv_lora_rank")),
+            experts=bool(_number(of, *EXPERTS)),
             dtype=dtype,
             quantised=str(quantisation.get("quant_method")) if quantisation else None,
         )
@@ -210,50 +213,104 @@ PLAIN = frozenset(
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+SPARSE = frozenset(
+    {
+        "mixtral",
+        "llama4",
+        "qwen2_moe",
+        "qwen3_moe",
+        "qwen3_next",
+        "deepseek_v2",
+        "deepseek_v3",
+        # Moonshot's name for DeepSeek's.
+        "kimi_k2",
+        "glm4_moe",
+        "ernie4_5_moe",
+        "gpt_oss",
+        "granitemoe",
+        "olmoe",
+        "phimoe",
+        "minimax_m2",
+    }
+)
+"""Kinds with experts whose layers are known."""
+
 
 def parameters(settings: Mapping[str, Any]) -> int:
     """Weights of a decoder-only language model, counted from its `config.json`; 0 where that names no shape.
 
     Embeddings and matrices: attention with grouped heads or a compressed cache (multi-head latent attention),
     feed-forward, experts and what they share. Norms and biases, some thousandths, are left out, and so is a vision
-    part: what is counted is there.
+    part: what is counted is there. Where it is not known which layers have experts, one expert a layer is counted.
     """
     of = _text(settings)
-
-    def number(*names: str) -> int:
-        found = (of.get(name) for name in names)
-        return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), 0)
-
-    width, layers = number("hidden_size", "n_embd", "d_model"), number(*LAYERS)
-    heads, vocabulary = number("num_attention_heads", "n_head", "num_heads", "n_heads"), number("vocab_size")
+    width, layers = _number(of, "hidden_size", "n_embd", "d_model"), _number(of, *LAYERS)
+    heads = _number(of, "num_attention_heads", "n_head", "num_heads", "n_heads")
+    vocabulary = _number(of, "vocab_size")
     if not (width and layers and heads and vocabulary):
         return 0
-    kind = str(of.get("model_type") or settings.get("model_type"))
+    kind = str(of.get("model_type") or settings.get("model_type")).removesuffix("_text")
     one_head = of.get("multi_query") and not of.get("new_decoder_architecture")
-    kv_heads = 1 if one_head else number("num_key_value_heads", "num_kv_heads") or heads
-    head = number("head_dim") or width // heads
+    kv_heads = 1 if one_head else _number(of, "num_key_value_heads", "num_kv_heads") or heads
+    head = _number(of, "head_dim") or width // heads
     attention = 2 * width * heads * head + 2 * width * kv_heads * head
-    if latent := number("kv_lora_rank"):
-        rotary, plain, value = number("qk_rope_head_dim"), number("qk_nope_head_dim"), number("v_head_dim")
-        query = number("q_lora_rank")
+    if latent := _number(of, "kv_lora_rank"):
+        rotary, plain = _number(of, "qk_rope_head_dim"), _number(of, "qk_nope_head_dim")
+        value, query = _number(of, "v_head_dim"), _number(of, "q_lora_rank")
         queries = heads * (plain + rotary)
         attention = (query * (width + queries) if query else width * queries) + width * (latent + rotary)
         attention += heads * (latent * (plain + value) + value * width)
-    matrices = 2 if kind in PLAIN else 3
-    dense = matrices * width * (number("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * width)
-    experts = number("num_local_experts", "num_experts", "n_routed_experts")
-    if experts:
-        each = number("moe_intermediate_size", "intermediate_size") or 4 * width
-        shared = number("shared_expert_intermediate_size") or number("n_shared_experts") * each
-        sparse = width * (3 * (experts * each + shared) + experts)
-        first = min(layers, number("first_k_dense_replace") or len(of.get("mlp_only_layers") or ()))
-        feed_forward = first * dense + (layers - first) * sparse
-    else:
-        feed_forward = layers * dense
+    feed_forward = layers * (2 if kind in PLAIN else 3) * width * _inner(of, width)
+    if experts := _number(of, *EXPERTS):
+        feed_forward = _with_experts(of, kind, width, layers, experts)
     tied = of.get("tie_word_embeddings", settings.get("tie_word_embeddings", kind in TIED))
     learned = kind in ("gpt2", "gpt_bigcode", "gpt_neo", "opt")
-    positions = number("n_positions", "max_position_embeddings") if learned else 0
+    positions = _number(of, "n_positions", "max_position_embeddings") if learned else 0
     return (1 if tied else 2) * vocabulary * width + positions * width + layers * attention + feed_forward
+
+
+def _with_experts(of: Mapping[str, Any], kind: str, width: int, layers: int, experts: int) -> int:
+    """Weights of the feed-forward parts of a model of which some or all layers have experts."""
+    dense = _inner(of, width)
+    each = _number(of, "moe_intermediate_size") or dense
+    if kind not in SPARSE:
+        return layers * 3 * width * min(each, dense)
+    shared = _number(of, "shared_expert_intermediate_size")
+    shared = shared or _number(of, "n_shared_experts", "moe_num_shared_experts") * each
+    if kind == "llama4":
+        dense, shared = _number(of, "intermediate_size_mlp") or dense, each
+    sparse = _sparse_layers(of, layers)
+    return width * (sparse * (3 * (experts * each + shared) + experts) + (layers - sparse) * 3 * dense)
+
+
+def _sparse_layers(of: Mapping[str, Any], layers: int) -> int:
+    """How many layers have experts, by whatever fields the kind says it with (transformers 5, DeepSeek's own code)."""
+    if listed := of.get("mlp_layer_types"):
+        return sum(kind == "sparse" for kind in listed)
+    if listed := of.get("moe_layers"):
+        return len(listed)
+    every = of.get("moe_layer_freq")
+    if isinstance(every, list):
+        return sum(bool(flag) for flag in every)
+    step = _number(of, "interleave_moe_layer_step", "decoder_sparse_step", "moe_layer_interval") or 1
+    first = _number(of, "first_k_dense_replace", "moe_layer_start_index")
+    last = _number(of, "moe_layer_end_index") or layers - 1
+    dense = frozenset(of.get("mlp_only_layers") or ())
+    every = _number(of, "moe_layer_freq") or 1
+    return sum((i + 1) % step == 0 and i % every == 0 and i not in dense for i in range(first, min(last + 1, layers)))
+
+
+def _inner(of: Mapping[str, Any], width: int) -> int:
+    """Width inside a layer's feed-forward part."""
+    return _number(of, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * width
+
+
+def _number(of: Mapping[str, Any], *names: str) -> int:
+    """The first of these fields that is a positive integer; 0 where none is."""
+    found = (of.get(name) for name in names)
+    return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), 0)
 
 
 def _text(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -383,11 +440,37 @@ def _width(model: Model, config: Mapping[str, Value]) -> int:
 def needed_bytes(model: Model, config: Mapping[str, Value], context: int) -> float:
     """What one GPU must hold at least: its part of the weights, and of the cache of one request.
 
-    GPUs share a cache by its heads; where they are more than it has heads, some hold the same ones.
+    GPUs share a cache by its heads; where they are more than it has heads, some hold the same ones. Stages of a
+    pipeline share the layers; of each GPU's part of the weights `cpu_offload_gb` GiB may stay in main memory.
     """
-    gpus = int(config.get("tensor_parallel_size", 1))
+    # An engine says itself that it takes no 0.
+    gpus = max(1, int(config.get("tensor_parallel_size", 1)))
+    stages = max(1, int(config.get("pipeline_parallel_size", 1)))
     parts = 1 if model.latent else min(gpus, model.kv_heads)
-    return weight_bytes(model, config) / gpus + cache_bytes(model, config, context) / parts + OVERHEAD_BYTES
+    weights = max(0.0, weight_bytes(model, config) / gpus / stages - float(config.get("cpu_offload_gb", 0)) * GIB)
+    return weights + cache_bytes(model, config, context) / parts / stages + OVERHEAD_BYTES
+
+
+SIZE_NUMBERS: Mapping[str, type[int | float]] = {
+    "tensor_parallel_size": int,
+    "pipeline_parallel_size": int,
+    "data_parallel_size": int,
+    "cpu_offload_gb": float,
+}
+"""What a model's room on a GPU depends on and is a number."""
+
+
+def tensor_widths(model: Model, gpus: int, fixed: Mapping[str, Value]) -> tuple[int, ...]:
+    """Numbers of GPUs that may share each layer; 1 alone where no other could.
+
+    Args:
+        model: what is loaded.
+        gpus: those of the machine.
+        fixed: what `--engine-arg` says: each stage of a pipeline and each copy of the model takes as many.
+    """
+    each = max(1, int(fixed.get("pipeline_parallel_size", 1))) * max(1, int(fixed.get("data_parallel_size", 1)))
+    widths = powers_of_two(1, max(1, gpus // each))
+    return widths if any(divides(model, width) for width in widths[1:]) else (1,)
 
 
 def divides(model: Model, gpus: int) -> bool:
@@ -405,8 +488,41 @@ def heads_rule(model: Model, name: str, given: int) -> Constraint:
     kv = f" and {model.kv_heads} key-value heads" if model.kv_heads != model.heads and not model.latent else ""
     return Constraint(
         f"{name} divides the {model.heads} attention heads{kv} of {model.name} into equal whole parts",
-        lambda c: divides(model, int(c.get(name, given))),
+        lambda c: int(c.get(name, given)) > 0 and divides(model, int(c.get(name, given))),
     )
+
+
+def describe(target: Target, engine: str, notes: Sequence[str]) -> str:
+    """One line that says what is being run.
+
+    Args:
+        target: what to run.
+        engine: its name and version.
+        notes: what is left out, and why.
+    """
+    model = read(target)
+    size = f"{model.weights / 1e9:.1f}G" if model.weights >= 1e9 else f"{round(model.weights / 1e6)}M"
+    said = f"{engine}, model: {model.name} ({size} weights, {model.layers} layers"
+    if is_dummy(target):
+        said += ", drawn at random: speed and energy are those of its shape, its text is meaningless"
+        if target.quality:
+            notes = [*notes, f"no quality_loss: {not_judged(engine)}"]
+    return "; ".join([f"{said})", *notes])
+
+
+def not_judged(engine: str) -> str:
+    """Why what an engine says with weights that it draws is not judged."""
+    return f"weights that {engine.split()[0]} draws predict every token alike, so judge with a trained --model"
+
+
+def metrics(target: Target) -> tuple[str, ...]:
+    """Figures of an engine's own that limits may be set on."""
+    return ("nll_nats_per_token",) if target.quality and not is_dummy(target) else ()
+
+
+def lacks(target: Target, engine: str) -> dict[str, str]:
+    """Figures that an engine never reports, and why."""
+    return {"quality_loss": f"{not_judged(engine)} or leave the limit out"} if is_dummy(target) else {}
 
 
 def ordinary(model: Model) -> range:
