@@ -744,9 +744,10 @@ def test_an_engine_ends_in_order_when_the_time_of_its_trial_is_over(hanging, tmp
 
 @pytest.fixture
 def slow(serving, monkeypatch):
-    """As `serving`, but nothing is held and the engine takes 3 s to stop; a worker that says nothing has half of it."""
-    monkeypatch.setenv("FAKE_ENGINE_STOP_SECONDS", "3")
-    monkeypatch.setattr("tuner.evaluate.GRACE_SECONDS", 1.5)
+    """As `serving`, but nothing is held and the engine takes 2 s to stop; a worker that says nothing has half of it."""
+    monkeypatch.setenv("FAKE_ENGINE_STOP_SECONDS", "2")
+    monkeypatch.setattr("tuner.evaluate.GRACE_SECONDS", 1.0)
+    monkeypatch.setattr("tuner.evaluate.SILENT_SECONDS", 0.2)
     return replace(serving, changeable=frozenset())
 
 
@@ -755,14 +756,15 @@ def interrupt():
 
 
 @pytest.mark.parametrize("mode", ["served", "served-raise", "served-unready"])
-def test_ctrl_c_while_an_engine_is_being_stopped_waits_until_it_has(slow, tmp_path, mode):
+def test_ctrl_c_while_an_engine_is_being_stopped_lets_it_end_in_order(slow, tmp_path, mode):
     report = once(lambda _: (tmp_path / "asked").exists(), interrupt)
     with pytest.raises(KeyboardInterrupt):
         replace(slow, report=report)(0, proposal(mode))
     assert left(tmp_path) == []
+    assert (tmp_path / "asked").read_text() == "asked;"
 
 
-def test_ctrl_c_while_an_engine_that_was_held_is_being_stopped_waits_until_it_has(slow, tmp_path):
+def test_ctrl_c_while_an_engine_that_was_held_is_being_stopped_lets_it_end_in_order(slow, tmp_path):
     report = once(lambda phase: phase == "stopping the engine", interrupt)
     holding = replace(slow, changeable=frozenset({"batch"}), report=report)
     assert holding(0, proposal("served")).error is None

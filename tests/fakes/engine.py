@@ -122,7 +122,8 @@ from pathlib import Path
 held = Path(sys.argv[1])
 
 def leave(*_):
-    held.with_name("asked").touch()
+    with held.with_name("asked").open("a") as file:
+        file.write("asked;")
     time.sleep(float(os.environ.get("FAKE_ENGINE_STOP_SECONDS", "0.2")))
     held.unlink()
     sys.exit()
@@ -138,7 +139,7 @@ while True:
 def served(path, mode):
     """A process of its own with a file that, like shared memory, only its own end takes away.
 
-    When it is asked to end, a file named `asked` appears beside that one; the end takes FAKE_ENGINE_STOP_SECONDS.
+    Each time it is asked to end, `asked` beside that file gets a word; the end takes FAKE_ENGINE_STOP_SECONDS.
     """
     server = start_server([sys.executable, "-c", SERVER, str(path)], name="engine")
     try:
