@@ -569,7 +569,7 @@ def gpu(tmp_path, monkeypatch):
     """A GPU that the driver's stand-in shows to this process and to the worker."""
     fakes = Path(__file__).parent / "fakes"
     monkeypatch.syspath_prepend(fakes)
-    monkeypatch.setenv("PYTHONPATH", str(fakes))
+    monkeypatch.setenv("PYTHONPATH", str(fakes), prepend=os.pathsep)
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("TUNE_FAKE_NVML", str(tmp_path / "nvml.json"))
