@@ -33,7 +33,10 @@ from tuner.trial import Energy, Idle, Measurement, Meter, Proposal, Target, Work
 from tuner.worker import Found, Result, spending
 
 ENGINE = Path(__file__).parent / "fakes" / "engine.py"
-QUICK = Plan(windows=2, window_seconds=0.02, timeout_seconds=30, most_others=1.0)
+QUICK = Plan(windows=2, window_seconds=0.02, timeout_seconds=60, most_others=1.0)
+
+PATIENCE_SECONDS = 30.0
+"""For what happens at once on a machine that is not busy."""
 
 
 def launcher(folder: Path, **changes) -> Launcher:
@@ -54,6 +57,33 @@ def proposal(mode: str = "ok", **values) -> Proposal:
 
 def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def dies(pid: int) -> bool:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not alive(pid)
+
+
+def once(happens, act):
+    """A report that acts the first time that `happens` holds."""
+    done = []
+
+    def report(_number, phase):
+        if not done and happens(phase):
+            done.append(phase)
+            act()
+
+    return report
+
+
+@pytest.fixture
+def time_passes(monkeypatch):
+    """Lets the time of a trial go by in a moment: no machine is too slow to come as far as the test wants before."""
+    clock, passed = time.monotonic, []
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + sum(passed))
+    return lambda: passed.append(QUICK.timeout_seconds)
 
 
 def test_a_trial_is_measured_in_a_process_of_its_own(tmp_path):
@@ -135,19 +165,14 @@ def test_an_engine_that_hangs_is_ended_when_its_time_is_over(tmp_path, mode):
     trial = launcher(tmp_path, plan=replace(QUICK, windows=1, timeout_seconds=1.5))(0, proposal(mode))
     assert "took longer than 1.5 s" in trial.error
     assert "raise --timeout" in trial.error
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 60
 
 
 def test_a_process_that_the_engine_started_does_not_outlive_the_trial(tmp_path):
     note = tmp_path / "pid"
     trial = launcher(tmp_path, target=Target(model=str(note)))(0, proposal("child"))
     assert "SIGKILL" in trial.error
-    pid = int(note.read_text())
-    for _ in range(100):
-        if not alive(pid):
-            break
-        time.sleep(0.02)
-    assert not alive(pid)
+    assert dies(int(note.read_text()))
 
 
 def test_a_worker_ends_itself_when_the_tuner_is_killed(tmp_path):
@@ -159,7 +184,7 @@ launcher(Path({str(tmp_path)!r}))(0, proposal("hang"))
 """
     tuner = subprocess.Popen([sys.executable, "-c", code])
     workers: list[psutil.Process] = []
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not workers and time.monotonic() < deadline:
         workers = [c for c in psutil.Process(tuner.pid).children() if "tuner.worker" in c.cmdline()]
         time.sleep(0.02)
@@ -167,7 +192,7 @@ launcher(Path({str(tmp_path)!r}))(0, proposal("hang"))
     time.sleep(0.5)
     tuner.kill()
     tuner.wait()
-    gone, left = psutil.wait_procs(workers, timeout=5)
+    gone, left = psutil.wait_procs(workers, timeout=PATIENCE_SECONDS)
     assert gone
     assert not left
 
@@ -181,16 +206,14 @@ from test_evaluate import launcher, proposal, Target
 launcher(Path({str(tmp_path)!r}), target=Target(model={str(note)!r}))(0, proposal("parent"))
 """
     tuner = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
         time.sleep(0.02)
     pid = int(note.read_text())
     assert alive(pid)
     tuner.kill()
     tuner.wait()
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not alive(pid)
+    assert dies(pid)
 
 
 def test_windows_that_were_measured_before_the_engine_failed_are_kept_and_do_not_count(tmp_path):
@@ -436,10 +459,10 @@ def test_a_trial_that_draws_less_than_half_of_the_idle_machine_does_not_count(tm
 
 
 def test_waiting_for_idle_power_is_not_held_against_the_engine(tmp_path):
-    plan = replace(QUICK, windows=1, timeout_seconds=2.0)
+    plan = replace(QUICK, windows=1, timeout_seconds=3.7)
     trial = launcher(tmp_path, plan=plan, idle_seconds_for=lambda _: 1.5)(0, proposal())
     assert trial.error is None
-    assert trial.seconds > 3
+    assert trial.seconds > 3.7
 
 
 @pytest.mark.parametrize(
@@ -500,8 +523,8 @@ def test_each_device_must_be_cool(cooling):
 
 
 def test_a_device_that_stays_warm_is_not_waited_for_for_ever(cooling):
-    waits = cooling(2, {"gpu0_celsius": 40.0}, {"gpu0_celsius": 70.0}, cool_down_seconds=0.05)
-    assert 1 <= len(waits) <= 5
+    waits = cooling(2, {"gpu0_celsius": 40.0}, {"gpu0_celsius": 70.0}, cool_down_seconds=0.5)
+    assert 1 <= len(waits) <= 50
 
 
 @pytest.mark.parametrize(
@@ -546,7 +569,7 @@ def gpu(tmp_path, monkeypatch):
     """A GPU that the driver's stand-in shows to this process and to the worker."""
     fakes = Path(__file__).parent / "fakes"
     monkeypatch.syspath_prepend(fakes)
-    monkeypatch.setenv("PYTHONPATH", str(fakes))
+    monkeypatch.setenv("PYTHONPATH", str(fakes), prepend=os.pathsep)
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("TUNE_FAKE_NVML", str(tmp_path / "nvml.json"))
@@ -668,8 +691,9 @@ def left(folder):
     return [path.name for path in (folder / "held", *(folder / "scratch").rglob("*")) if path.exists()]
 
 
-def nothing_left(folder, seconds=5.0):
-    deadline = time.monotonic() + seconds
+def nothing_left(folder):
+    """Whether all of it goes; the time is what a loaded machine may take, and no claim."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while left(folder) and time.monotonic() < deadline:
         time.sleep(0.02)
     return not left(folder)
@@ -690,11 +714,87 @@ def test_a_held_engine_ends_in_order_before_another_one_is_launched(serving, tmp
 
 @pytest.mark.parametrize(
     ("mode", "error"),
-    [("served-raise", "on fire"), ("served-hang", "took longer than"), ("served-segv", "SIGSEGV")],
+    [("served-raise", "on fire"), ("served-unready", "answers with nonsense"), ("served-segv", "SIGSEGV")],
 )
 def test_an_engine_ends_in_order_after_a_failed_trial(serving, tmp_path, mode, error):
-    run = replace(serving, plan=replace(QUICK, timeout_seconds=3))
-    assert error in run(0, proposal(mode)).error
+    assert error in serving(0, proposal(mode)).error
+    assert nothing_left(tmp_path)
+
+
+@pytest.fixture
+def hanging(serving, tmp_path, time_passes):
+    """As `serving`, but the time of a trial is over once its engine has begun to hang."""
+    told = []
+
+    def report(_number, phase):
+        if "measuring" in phase:
+            told.append(phase)
+            # Told at each tick: by the fourth the pass has begun.
+            if len(told) == 4:
+                assert "held" in left(tmp_path)
+                time_passes()
+
+    return replace(serving, report=report)
+
+
+def test_an_engine_ends_in_order_when_the_time_of_its_trial_is_over(hanging, tmp_path):
+    assert "took longer than" in hanging(0, proposal("served-hang")).error
+    assert left(tmp_path) == []
+
+
+@pytest.fixture
+def slow(serving, monkeypatch):
+    """As `serving`, but nothing is held and the engine takes 2 s to stop; a worker that says nothing has half of it."""
+    monkeypatch.setenv("FAKE_ENGINE_STOP_SECONDS", "2")
+    monkeypatch.setattr("tuner.evaluate.GRACE_SECONDS", 1.0)
+    monkeypatch.setattr("tuner.evaluate.SILENT_SECONDS", 0.2)
+    return replace(serving, changeable=frozenset())
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("mode", ["served", "served-raise", "served-unready"])
+def test_ctrl_c_while_an_engine_is_being_stopped_lets_it_end_in_order(slow, tmp_path, mode):
+    report = once(lambda _: (tmp_path / "asked").exists(), interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        replace(slow, report=report)(0, proposal(mode))
+    assert left(tmp_path) == []
+    assert (tmp_path / "asked").read_text() == "asked;"
+
+
+def test_ctrl_c_while_an_engine_that_was_held_is_being_stopped_lets_it_end_in_order(slow, tmp_path):
+    report = once(lambda phase: phase == "stopping the engine", interrupt)
+    holding = replace(slow, changeable=frozenset({"batch"}), report=report)
+    assert holding(0, proposal("served")).error is None
+    with pytest.raises(KeyboardInterrupt):
+        holding(1, proposal())
+    assert left(tmp_path) == []
+
+
+def test_a_trial_is_in_time_whose_engine_takes_long_to_stop(slow, tmp_path, monkeypatch, time_passes):
+    monkeypatch.setattr("tuner.evaluate.LEAVE_SECONDS", 2 * QUICK.timeout_seconds)
+    seen = []
+
+    def stopping():
+        seen.append(left(tmp_path))
+        time_passes()
+
+    run = replace(slow, report=once(lambda _: (tmp_path / "asked").exists(), stopping))
+    assert run(0, proposal("served")).error is None
+    assert "held" in seen[0]
+    assert left(tmp_path) == []
+
+
+def test_what_was_measured_counts_also_where_its_worker_is_killed_while_the_engine_stops(slow, tmp_path):
+    def kill():
+        for worker in workers():
+            worker.kill()
+
+    run = replace(slow, report=once(lambda _: (tmp_path / "asked").exists(), kill))
+    trial = run(0, proposal("served"))
+    assert (trial.error, len(trial.valid)) == (None, 2)
     assert nothing_left(tmp_path)
 
 
@@ -728,12 +828,12 @@ def test_ctrl_c_waits_for_the_engine_to_end_in_order(serving, tmp_path):
     assert left(tmp_path) == []
 
 
-def test_a_worker_that_hears_nothing_is_killed_and_its_engine_still_ends_in_order(serving, tmp_path, monkeypatch):
+def test_a_worker_that_hears_nothing_is_killed_and_its_engine_still_ends_in_order(hanging, tmp_path, monkeypatch):
     monkeypatch.setattr("tuner.evaluate.GRACE_SECONDS", 0.2)
-    run = replace(serving, plan=replace(QUICK, timeout_seconds=3))
-    started = time.monotonic()
-    assert "took longer than" in run(0, proposal("served-deaf")).error
-    assert time.monotonic() - started < 10
+    monkeypatch.setattr("tuner.evaluate.LEAVE_SECONDS", 600.0)
+    started = time.perf_counter()
+    assert "took longer than" in hanging(0, proposal("served-deaf")).error
+    assert time.perf_counter() - started < 60
     assert nothing_left(tmp_path)
 
 
@@ -747,6 +847,7 @@ def test_who_waits_for_an_engine_to_end_is_told_so(serving, monkeypatch):
 
 def test_a_second_ctrl_c_does_not_wait(serving, tmp_path, monkeypatch):
     monkeypatch.setattr("tuner.evaluate.SILENT_SECONDS", 0.0)
+    monkeypatch.setattr("tuner.evaluate.GRACE_SECONDS", 600.0)
     seen = []
 
     def interrupt(_number, phase):
@@ -758,7 +859,7 @@ def test_a_second_ctrl_c_does_not_wait(serving, tmp_path, monkeypatch):
         replace(serving, report=interrupt)(0, proposal("served-deaf"))
     (_, _, running), (phase, asked, _) = seen
     assert phase == "stopping the engine"
-    assert time.monotonic() - asked < 2
+    assert time.monotonic() - asked < 60
     assert running
     assert not any(alive(p.pid) for p in running)
     assert nothing_left(tmp_path)
@@ -789,7 +890,7 @@ def test_an_engine_ends_in_order_and_its_files_go_when_the_tuner_is_killed(tmp_p
         stdout=subprocess.PIPE,
     )
     assert tuner.stdout.readline().startswith(b"measuring")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while mode == "served" and not list(tmp_path.glob("scratch/*/result-0.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert "held" in left(tmp_path)
@@ -911,10 +1012,11 @@ def test_an_engine_that_crashes_in_a_later_trial_says_so_in_that_trial(holding):
     assert crashed.measurements == ()
 
 
-def test_a_held_engine_that_hangs_is_ended_when_its_time_is_over(tmp_path):
-    run = launcher(tmp_path, changeable=frozenset({"mode"}), plan=replace(QUICK, timeout_seconds=3))
+def test_a_held_engine_that_hangs_is_ended_when_its_time_is_over(tmp_path, time_passes):
+    run = launcher(tmp_path, changeable=frozenset({"mode"}))
     pid = pid_of(run(0, proposal()))
-    assert "took longer than 3 s" in run(1, proposal("hang")).error
+    hangs = replace(run, report=once(lambda phase: "measuring" in phase, time_passes))
+    assert "took longer than 60 s" in hangs(1, proposal("hang")).error
     assert not alive(pid)
 
 
@@ -942,10 +1044,7 @@ def test_a_held_engine_ends_when_the_tuner_is_killed(tmp_path):
     tuner.kill()
     tuner.wait()
     tuner.stdout.close()
-    give_up = time.monotonic() + 5
-    while alive(pid) and time.monotonic() < give_up:
-        time.sleep(0.05)
-    assert not alive(pid)
+    assert dies(pid)
 
 
 # --- limits and quality ----------------------------------------------------------------------

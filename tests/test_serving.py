@@ -38,7 +38,7 @@ from tuner.space import Refused
 from tuner.trial import TRIAL_SECONDS, Target
 
 ROOT = Path(__file__).parents[1]
-LOAD = Load(model="m", prompts=4, prompt_tokens=8, output_tokens=6, concurrency=2, timeout_seconds=0.5)
+LOAD = Load(model="m", prompts=4, prompt_tokens=8, output_tokens=6, concurrency=2, timeout_seconds=30)
 MEMORY = Symptoms(out_of_memory=("CUDA out of memory.*",))
 
 
@@ -46,8 +46,9 @@ def python(code, **more):
     return start_server([sys.executable, "-c", code], name="engine", **more)
 
 
-def until(holds, seconds=5.0):
-    deadline = time.monotonic() + seconds
+def until(holds):
+    """Whether it comes to hold; the time is what a loaded machine may take, and no claim."""
+    deadline = time.monotonic() + 30
     while not holds():
         if time.monotonic() > deadline:
             return False
@@ -154,6 +155,38 @@ def test_stopping_kills_what_ignores_sigterm_and_frees_the_port(log, tmp_path):
     assert not any(alive(int(pid)) for pid in note.read_text().split())
     with socket.create_server(("127.0.0.1", port)):
         pass
+
+
+def test_an_engine_whose_stopping_is_interrupted_is_asked_once_and_ends_in_order(log):
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt(*_):
+        raise Interrupted
+
+    code = (
+        "import os, signal, sys, time\n"
+        "def leave(*_):\n"
+        "    os.write(1, b'asked\\n'); time.sleep(1); os.write(1, b'gone\\n'); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, leave)\nos.write(1, b'up\\n')\ntime.sleep(60)"
+    )
+    server = python(code)
+    assert until(lambda: server.log() == "up\n")
+
+    def watch():
+        until(lambda: "asked" in server.log())
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before, watching = signal.signal(signal.SIGUSR1, interrupt), threading.Thread(target=watch)
+    try:
+        watching.start()
+        with pytest.raises(Interrupted):
+            server.stop()
+        assert server.log() == "up\nasked\ngone\n"
+        assert server.end() == "exit status 0"
+    finally:
+        watching.join()
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_what_an_ended_engine_left_running_is_killed_with_its_group(log, tmp_path):
@@ -342,8 +375,8 @@ def test_an_engine_is_ready_once_its_health_is_200(log):
     server = start_server([sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"], name="engine")
     try:
         wait_ready(f"http://127.0.0.1:{port}", server, timeout_seconds=20, path="/")
-        with pytest.raises(RuntimeError, match=r"^engine was not ready after 0\.3 s: GET /health brought HTTP 404; "):
-            wait_ready(f"http://127.0.0.1:{port}", server, timeout_seconds=0.3)
+        with pytest.raises(RuntimeError, match=r"^engine was not ready after 1 s: GET /health brought HTTP 404; "):
+            wait_ready(f"http://127.0.0.1:{port}", server, timeout_seconds=1)
     finally:
         server.stop()
 
@@ -672,19 +705,20 @@ def test_token_ids_come_from_the_range_given():
 
 @pytest.mark.parametrize("concurrency", [1, 3, 8])
 def test_a_closed_loop_keeps_as_many_requests_in_flight_as_it_is_told(concurrency):
-    with Engine(token_seconds=0.01) as engine:
+    # The more of them, the longer an answer takes: the last one leaves before the first is answered.
+    with Engine(token_seconds=0.01 * concurrency) as engine:
         Client(Endpoint.parse(engine.url), replace(LOAD, prompts=8, concurrency=concurrency)).run_pass()
     assert engine.most_in_flight == concurrency
     assert len(engine.requests) == 8
 
 
 def test_an_open_loop_sends_at_the_moments_drawn_whether_or_not_earlier_ones_are_answered():
-    load = replace(LOAD, prompts=6, request_rate=40.0, concurrency=1)
-    with Engine(token_seconds=0.05) as engine:
+    load = replace(LOAD, prompts=6, request_rate=10.0, concurrency=1)
+    with Engine(token_seconds=0.2) as engine:
         Client(Endpoint.parse(engine.url), load).run_pass()
     assert engine.most_in_flight > 1
     arrived = [asked["at"] - engine.requests[0]["at"] for asked in engine.requests]
-    assert arrived == pytest.approx(load.offsets(0), abs=0.1)
+    assert arrived == pytest.approx(load.offsets(0), abs=0.25)
 
 
 def test_gaps_between_requests_are_exponential_with_the_rate_asked_for():
@@ -706,11 +740,11 @@ def test_an_open_loops_waiting_counts_from_when_the_request_should_have_left():
 
 
 def test_tokens_that_come_in_one_piece_have_no_gap_between_them():
-    with Engine("pairs", token_seconds=0.02) as engine:
+    with Engine("pairs", token_seconds=0.1) as engine:
         work = Client(Endpoint.parse(engine.url), replace(LOAD, prompts=1)).run_pass()
     assert len(work.itl_seconds) == 5
     assert sorted(work.itl_seconds)[:3] == [0, 0, 0]
-    assert min(sorted(work.itl_seconds)[3:]) > 0.01
+    assert min(sorted(work.itl_seconds)[3:]) > 0.02
 
 
 def test_prefill_and_decode_are_known_where_the_server_times_them():
@@ -787,7 +821,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("mode", "told"), WRONG.items(), ids=WRONG)
 def test_what_a_server_does_wrong_is_one_sentence(mode, told):
-    sentence = raised(mode)
+    sentence = raised(mode, replace(LOAD, timeout_seconds=0.5) if told.endswith("for 0.5 s") else LOAD)
     assert told in sentence
     assert sentence.startswith("http://127.0.0.1:")
     assert "\n" not in sentence

@@ -40,7 +40,7 @@ STARTING = "starting"
 """The phase of a worker that has told none yet."""
 
 GRACE_SECONDS = 5.0
-"""Between asking a worker's group to end and killing it, where it does not say that it is stopping its engine."""
+"""Between asking a worker's group to end and killing it, where it does not answer that it is stopping its engine."""
 
 SILENT_SECONDS = 1.0
 """How long an engine may take to stop without a word about it."""
@@ -246,8 +246,8 @@ class Launcher:
         finally:
             if not keep:
                 self.known.held = None
-                status = self.end(held)
-        if not in_time:
+                status, result = self.end(held)
+        if not in_time and (result is None or result.error):
             return Result(
                 error=f"took longer than {self.plan.timeout_seconds:g} s (phase: {phase}) and was ended;"
                 " raise --timeout if that is its normal speed"
@@ -366,18 +366,21 @@ class Launcher:
         with contextlib.suppress(BrokenPipeError):
             os.write(held.jobs, f"{job}\n".encode())
 
-    def end(self, held: Held) -> int:
-        """End a worker and its engine, and wait until its GPU memory is back. Returns the worker's exit status."""
-        # One that has left its result waits for a job, and stops its engine when none can come any more.
-        leaving = self._result_path(held, held.number).is_file()
+    def end(self, held: Held) -> tuple[int, Result | None]:
+        """End a worker and its engine, and wait until its GPU memory is back.
+
+        Returns the worker's exit status, and what it left for its last trial.
+        """
         try:
             os.close(held.jobs)
-            return end_group(
+            status = end_group(
                 held.worker,
                 held.phases,
-                leaving=leaving,
+                # One that has left its result stops its engine by itself, once no other job can come.
+                leaving=self._result_path(held, held.number).is_file(),
                 waiting=lambda: self.report(held.number, "stopping the engine"),
             )
+            return status, self._result(held, held.number)
         finally:
             os.close(held.phases)
             held.scratch.cleanup()
@@ -393,7 +396,7 @@ class Launcher:
     def _watch(self, held: Held, number: int, idle_seconds: float) -> tuple[str, bool]:
         """Follow the worker until its trial is over. Returns its last phase and whether it was in time.
 
-        The time in which the engine is told to wait is not held against it.
+        The time in which the engine is told to wait is not held against it, and neither is that in which it is stopped.
         """
         deadline = time.monotonic() + self.plan.timeout_seconds + idle_seconds
         phase = STARTING
@@ -401,7 +404,7 @@ class Launcher:
         with selectors.DefaultSelector() as selector:
             selector.register(held.phases, selectors.EVENT_READ)
             while not has_exited(held.worker):
-                if self.changeable and done.is_file():
+                if phase == STOPPING or done.is_file():
                     return phase, True
                 if time.monotonic() > deadline:
                     return phase, False
@@ -474,36 +477,47 @@ def end_group(
     Args:
         worker: leads the group.
         phases: the end of the pipe that it tells its phases through.
-        leaving: whether it is about to end by itself, and is asked to only when it does not.
+        leaving: whether it ends by itself, and need not be asked to.
         waiting: called again and again once it takes longer.
 
-    A second Ctrl-C while waiting does not leave the group behind.
+    The first Ctrl-C since the trial began does not cut this short, a second one does; neither leaves the group behind.
     """
-    started, told = time.monotonic(), ""
+    started, patience = time.monotonic(), LEAVE_SECONDS if leaving else GRACE_SECONDS
     os.set_blocking(phases, False)
 
-    def exits_within(seconds: float) -> bool:
-        give_up = time.monotonic() + seconds
-        while not (gone := has_exited(worker)) and time.monotonic() < give_up:
+    def see_out() -> None:
+        nonlocal patience
+        while not has_exited(worker) and time.monotonic() < started + patience:
+            with contextlib.suppress(BlockingIOError):
+                if STOPPING in os.read(phases, 1 << 16).decode(errors="replace").splitlines():
+                    patience = LEAVE_SECONDS
             if time.monotonic() > started + SILENT_SECONDS:
                 waiting()
             time.sleep(0.02)
-        return gone
 
     try:
-        if not (leaving and exits_within(LEAVE_SECONDS)) and not has_exited(worker):
+        if not leaving:
             _signal_group(worker, signal.SIGTERM)
-            if not exits_within(GRACE_SECONDS):
-                with contextlib.suppress(BlockingIOError):
-                    told = os.read(phases, 1 << 16).decode(errors="replace")
-                if STOPPING in told.splitlines():
-                    exits_within(LEAVE_SECONDS - GRACE_SECONDS)
+        # Where an interruption is what brought the caller here, the next one is the second.
+        interrupted = _interrupts(sys.exc_info()[1])
+        try:
+            see_out()
+        except BaseException as leaves:
+            if interrupted or not _interrupts(leaves):
+                raise
+            see_out()
+            raise
     finally:
         _signal_group(worker, signal.SIGKILL)
         if worker.stdin:
             worker.stdin.close()
         status = worker.wait()
     return status
+
+
+def _interrupts(error: BaseException | None) -> bool:
+    """Whether a person or a signal is behind it, and no failure."""
+    return error is not None and not isinstance(error, Exception)
 
 
 def _signal_group(worker: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -53,7 +53,7 @@ from typing import Any
 
 from tuner.quality import TEXT, Passage, drawn, judge, of_text
 from tuner.space import Config, Int, Parameter, Refused, Value
-from tuner.supervise import KILL_SECONDS, STOP_SECONDS, TIDY_SECONDS, alive, out_of_memory_kills, signal_name
+from tuner.supervise import KILL_SECONDS, REAP_SECONDS, STOP_SECONDS, alive, out_of_memory_kills, signal_name
 from tuner.trial import TRIAL_SECONDS, EngineError, Target, Work
 
 # --- the process -----------------------------------------------------------------------------
@@ -212,28 +212,45 @@ class Server:
         return self.end() is not None and first_line(self.log(), (_PORT_TAKEN,)) is not None
 
     def stop(self, grace_seconds: float = STOP_SECONDS) -> None:
-        """End the engine and everything in its group; its port is free afterwards. May be called twice."""
+        """End the engine and everything in its group; its port is free afterwards. May be called twice.
+
+        It takes `STOPPED_SECONDS` at most. Who is interrupted here leaves once the engine has ended in order; a second
+        interruption does not wait for that.
+        """
         if self._stopped:
             return
         self._stopped = True
+        give_up = time.monotonic() + grace_seconds
         try:
             # The supervisor is not reaped before: until then nobody else can be given the group's number.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGTERM)
-            if self.end(wait_seconds=grace_seconds) is None:
-                # The engine alone: what it leaves running may still take its shared memory away.
-                with contextlib.suppress(BrokenPipeError):
-                    os.write(self._leash, b"k")
-            if self.end(wait_seconds=KILL_SECONDS) is not None:
-                _until(lambda: _has_exited(self.pid), TIDY_SECONDS + 1)
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)
-            _until(lambda: not alive(self.pid), STOP_SECONDS)
+            try:
+                self._see_out(give_up)
+            except BaseException:
+                self._see_out(give_up)
+                raise
         finally:
             os.close(self._leash)
-            self._supervisor.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._supervisor.wait(KILL_SECONDS)
             os.close(self._status)
             shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _see_out(self, give_up: float) -> None:
+        """Wait until an engine that was asked to end has, then end what is left of its group.
+
+        `give_up`: when it is killed, by `time.monotonic`.
+        """
+        if self.end(wait_seconds=give_up - time.monotonic()) is None:
+            # The engine alone: what it leaves running may still take its shared memory away.
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self._leash, b"k")
+        if self.end(wait_seconds=KILL_SECONDS) is not None:
+            _until(lambda: _has_exited(self.pid), REAP_SECONDS)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        _until(lambda: not alive(self.pid), KILL_SECONDS)
 
 
 def start_server(

@@ -83,6 +83,8 @@ class Session:
         except Refused as refused:
             # What a person has to mend first says nothing against the configuration that it cut short.
             self.journal.append(Decision(action="stop", before_trial=len(self.journal.study.history), remark="refused"))
+            # Before the live view is gone: an engine may take its time, and is seen to.
+            self.known.close()
             self.screen.close()
             resumed = f"once that is mended, `tune run --resume {self.journal.folder}` goes on with the same options; "
             for_good = isinstance(refused, RefusedForGood)
@@ -90,7 +92,6 @@ class Session:
             raise
         except BaseException as leaving:
             try:
-                # Before the live view is gone: an engine may take its time, and is seen to.
                 self.known.close()
             finally:
                 if not isinstance(leaving, Exception):

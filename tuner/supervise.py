@@ -32,6 +32,12 @@ KILL_SECONDS = 2.0
 TIDY_SECONDS = 2.0
 """For what an engine leaves running: Python's resource tracker takes shared memory away once its parent is gone."""
 
+REAP_SECONDS = TIDY_SECONDS + 1.0
+"""From the end of an engine to that of its supervisor."""
+
+STOPPED_SECONDS = STOP_SECONDS + KILL_SECONDS + REAP_SECONDS + 2 * KILL_SECONDS
+"""What `Server.stop` in tuner/serving.py takes at most: its waits, one after the other."""
+
 
 def supervise(leash: int, status: int, words: list[str]) -> None:
     """Run `words` until they end, or the leash does and they are stopped."""

@@ -569,7 +569,7 @@ class Trial:
     """Temperatures when it started, after the devices had cooled down: `gpu0_celsius`, `cpu_celsius`; only what
     can be read here. The segment's first trial says what the others cool down to, within 2 degrees."""
     spent: Mapping[str, Energy] = field(default_factory=dict)
-    """Energy of the whole trial by domain, loading and warm-up included; empty when it is not known."""
+    """Energy of the trial by domain, from before loading until the engine is stopped; empty when it is not known."""
     load_energy: Mapping[str, Energy] = field(default_factory=dict)
     """Energy of loading alone, by domain; empty when it is not known, or when the engine ran already."""
     reused: bool = False

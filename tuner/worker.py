@@ -34,6 +34,7 @@ from tuner.journal import Plan
 from tuner.measure import Clocks, difference, expected_units, idle_watts, measure, settling_seconds, warm_up
 from tuner.meters import MeterOptions, open_meter
 from tuner.space import Config, Lever, Refused, Value
+from tuner.supervise import STOPPED_SECONDS
 from tuner.telemetry import Sampler
 from tuner.trial import (
     TRIAL_SECONDS,
@@ -54,8 +55,8 @@ from tuner.trial import (
     WarmUp,
 )
 
-LEAVE_SECONDS = 20.0
-"""How long a worker may take to stop its engine: more than `Server.stop` in tuner/serving.py does."""
+LEAVE_SECONDS = STOPPED_SECONDS + 5.0
+"""How long a worker may take to leave: what the slowest engine takes to stop, and a moment to close meters."""
 
 STOPPING = "stopping"
 """The phase in which the engine is stopped, whatever the reason."""
@@ -96,7 +97,9 @@ class Result:
     warm_up: WarmUp | None = None
     idle: Idle | None = None
     spent: Mapping[str, Energy] = field(default_factory=dict)
-    """Energy since the meter was opened, or since the trial before, by domain; empty when a reading of it failed."""
+    """Energy since the meter was opened, or since the trial before, until the engine is stopped, by domain.
+
+    Empty when a reading of it failed."""
     load_energy: Mapping[str, Energy] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
     reused: bool = False
@@ -148,12 +151,21 @@ class Desk:
     """Whether the engine is being stopped, which nothing may interrupt."""
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[None]:
-        """While the engine is worked with."""
+    def open(self, account: contextlib.AbstractContextManager[object], report: Phases) -> Iterator[None]:
+        """While the engine is worked with, and `account` kept.
+
+        The result is left before the engine is stopped: whatever happens then takes nothing of it away.
+        """
         try:
-            yield
+            with account:
+                yield
+            leave(self.job, self.found.result())
+        except Exception as error:
+            leave(self.job, failed(self.found, error))
+            raise
         finally:
             self.leaving = True
+            report(STOPPING)
 
     def next(self) -> bool:
         """Leave the result of this job and wait for another one; False when there is none."""
@@ -198,7 +210,7 @@ def run(desk: Desk, report: Phases) -> None:
         machine_watts = idle() if job.idle_seconds else None
         report("loading")
         before, started = reading(meter), time.perf_counter()
-        with runner.launch(job.config, job.target) as engine, desk.open():
+        with runner.launch(job.config, job.target) as engine, desk.open(account, report):
             # Where each pass starts the engine, this was a pass, and what loading takes is inside every window.
             if not getattr(engine, "starts_each_pass", False):
                 found.load_seconds = time.perf_counter() - started
@@ -231,7 +243,6 @@ def run(desk: Desk, report: Phases) -> None:
                 desk.found.effective = dict(engine.effective)
                 desk.found.warm_up = warm_up(engine, meter, desk.job.plan, clocks, report, sampler)
                 windows(desk, engine, meter, clocks, report, sampler, desk.job.idle_watts, unit)
-            report(STOPPING)
 
 
 def change(engine: Engine, config: Config) -> None:
@@ -425,12 +436,15 @@ def dismiss(watcher: int) -> None:
 
 
 def leave_when_asked(desk: Desk, report: Phases) -> None:
-    """From here on SIGTERM ends what is being done with `Ended`, unless the engine is being stopped anyway."""
+    """From here on SIGTERM ends what is being done with `Ended`, unless the engine is being stopped anyway.
+
+    Either way it is answered with `STOPPING`: whoever sent it waits for a worker that still heeds signals.
+    """
 
     def leave(_number: int, _frame: FrameType | None) -> None:
+        report(STOPPING)
         if not desk.leaving:
             desk.leaving = True
-            report(STOPPING)
             raise Ended
 
     signal.signal(signal.SIGTERM, leave)
@@ -440,16 +454,22 @@ def attempt(desk: Desk, report: Phases) -> Result:
     """`run`, with whatever goes wrong as a sentence: the one place where every exception is an outcome."""
     try:
         run(desk, report)
-    except MemoryError:
-        return desk.found.result("out of memory while the engine was loading or running")
     except Exception as error:  # noqa: BLE001 - an engine may raise anything; a failed trial is a result
-        traceback.print_exc(limit=-2)
-        told = " ".join(str(error).split())
-        # These hold a whole sentence. Anything else nobody foresaw, and its kind may say more than its text.
-        named = isinstance(error, Refused | EngineError | MeterError) or type(error) is RuntimeError
-        found = desk.found.result(told if named and told else f"{type(error).__name__}: {told}")
-        return replace(found, refused=isinstance(error, Refused))
+        if not isinstance(error, MemoryError):
+            traceback.print_exc(limit=-2)
+        return failed(desk.found, error)
     return desk.found.result()
+
+
+def failed(found: Found, error: Exception) -> Result:
+    """What was found before `error`, and its cause in a sentence."""
+    if isinstance(error, MemoryError):
+        return found.result("out of memory while the engine was loading or running")
+    told = " ".join(str(error).split())
+    # These hold a whole sentence. Anything else nobody foresaw, and its kind may say more than its text.
+    named = isinstance(error, Refused | EngineError | MeterError) or type(error) is RuntimeError
+    result = found.result(told if named and told else f"{type(error).__name__}: {told}")
+    return replace(result, refused=isinstance(error, Refused))
 
 
 def leave(job: Job, result: Result) -> None:
@@ -458,8 +478,10 @@ def leave(job: Job, result: Result) -> None:
     if finished.exists():
         return
     part = finished.with_suffix(".part")
-    part.write_bytes(msgspec.json.encode(result))
-    part.replace(finished)
+    # The folder is gone where nothing more was wanted: the job in hand had left its result.
+    with contextlib.suppress(FileNotFoundError):
+        part.write_bytes(msgspec.json.encode(result))
+        part.replace(finished)
 
 
 def main() -> NoReturn:
@@ -471,10 +493,9 @@ def main() -> NoReturn:
     result = None
     with contextlib.suppress(Ended):
         result = attempt(desk, report)
+        desk.leaving = True
     if result is not None:
-        with contextlib.suppress(FileNotFoundError):
-            # The folder is gone where nothing more was wanted: the job in hand had left its result.
-            leave(desk.job, result)
+        leave(desk.job, result)
     sys.stdout.flush()
     sys.stderr.flush()
     dismiss(watcher)

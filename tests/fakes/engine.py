@@ -116,13 +116,15 @@ def misbehave(mode):
 
 
 SERVER = """
-import signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
 
 held = Path(sys.argv[1])
 
 def leave(*_):
-    time.sleep(0.2)
+    with held.with_name("asked").open("a") as file:
+        file.write("asked;")
+    time.sleep(float(os.environ.get("FAKE_ENGINE_STOP_SECONDS", "0.2")))
     held.unlink()
     sys.exit()
 
@@ -134,12 +136,17 @@ while True:
 
 
 @contextlib.contextmanager
-def served(path):
-    """A process of its own with a file that, like shared memory, only its own end takes away."""
+def served(path, mode):
+    """A process of its own with a file that, like shared memory, only its own end takes away.
+
+    Each time it is asked to end, `asked` beside that file gets a word; the end takes FAKE_ENGINE_STOP_SECONDS.
+    """
     server = start_server([sys.executable, "-c", SERVER, str(path)], name="engine")
     try:
         while not path.exists():
             time.sleep(0.02)
+        if mode == "served-unready":
+            raise RuntimeError("the engine answers with nonsense")
         yield
     finally:
         server.stop()
@@ -159,5 +166,6 @@ def launch(config, target):
         time.sleep(3600)
     if slow := os.environ.get("FAKE_ENGINE_LOAD_SECONDS"):
         time.sleep(float(slow))
-    with served(Path(target.model)) if config["mode"].startswith("served") else contextlib.nullcontext():
+    mode = config["mode"]
+    with served(Path(target.model), mode) if mode.startswith("served") else contextlib.nullcontext():
         yield Engine(config, target)
