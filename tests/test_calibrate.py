@@ -645,7 +645,8 @@ def test_a_real_engine_is_calibrated_in_fresh_workers_and_the_next_study_finds_i
     noise, sentence = find(header, tmp_path / "state")
     assert noise == found.noise
     assert noise.sigma > 0
-    assert sentence is None
+    # The machine of a test may drift, and is then said to.
+    assert sentence is None or "the machine drifted" in sentence
 
 
 def test_ctrl_c_ends_the_worker_and_keeps_the_launches_that_are_done(tmp_path):
