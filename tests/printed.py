@@ -4,19 +4,29 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 from tuner.serving import Endpoint
+from tuner.supervise import alive
 
 
 @contextlib.contextmanager
 def typed_at_a_shell(command, port, log, *, ready="/health", seconds=60):
     """The server that `command` starts, once it answers; its output goes to the file `log`. Ended afterwards."""
     endpoint = Endpoint.parse(f"http://127.0.0.1:{port}")
+    # vLLM leaves its sockets behind; not below a test's own folder, whose path is too long for them.
+    scratch = tempfile.TemporaryDirectory()
     with Path(log).open("wb") as output:
-        shell = subprocess.Popen(["/bin/sh", "-c", command], stdout=output, stderr=output, start_new_session=True)
+        shell = subprocess.Popen(
+            ["/bin/sh", "-c", command],
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env={**os.environ, "TMPDIR": scratch.name},
+        )
     deadline = time.monotonic() + seconds
     try:
         while not answers(endpoint, ready):
@@ -26,9 +36,15 @@ def typed_at_a_shell(command, port, log, *, ready="/health", seconds=60):
             time.sleep(0.05)
         yield endpoint
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(shell.pid, signal.SIGKILL)
+        # vLLM takes its sockets and its shared memory away where it is asked to end.
+        for number, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 5)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(shell.pid, number)
+            give_up = time.monotonic() + patience
+            while alive(shell.pid) and time.monotonic() < give_up:
+                time.sleep(0.05)
         shell.wait()
+        scratch.cleanup()
 
 
 def answers(endpoint, path):
