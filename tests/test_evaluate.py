@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import os
@@ -56,7 +57,18 @@ def proposal(mode: str = "ok", **values) -> Proposal:
 
 
 def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def workers_of(process: psutil.Process) -> list[psutil.Process]:
+    found = []
+    for child in process.children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is one too
+            found += [child] if "tuner.worker" in child.cmdline() else []
+    return found
 
 
 def dies(pid: int) -> bool:
@@ -186,7 +198,7 @@ launcher(Path({str(tmp_path)!r}))(0, proposal("hang"))
     workers: list[psutil.Process] = []
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not workers and time.monotonic() < deadline:
-        workers = [c for c in psutil.Process(tuner.pid).children() if "tuner.worker" in c.cmdline()]
+        workers = workers_of(psutil.Process(tuner.pid))
         time.sleep(0.02)
     assert workers
     time.sleep(0.5)
@@ -799,8 +811,7 @@ def test_what_was_measured_counts_also_where_its_worker_is_killed_while_the_engi
 
 
 def workers():
-    living = [c for c in psutil.Process().children() if c.status() != psutil.STATUS_ZOMBIE]
-    return [c for c in living if "tuner.worker" in c.cmdline()]
+    return workers_of(psutil.Process())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
