@@ -45,7 +45,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tuner.installed import library, memory_bytes, passing_files
+from tuner.installed import library, memory_bytes, passing_files, torch_threads
 from tuner.models.images import Shapes, Transformer, Unet, Vae
 from tuner.space import Choice, Config, Constraint, Int, Parameter, Refused, SearchSpace, Value, closest, excerpt
 from tuner.trial import Service, Target, Unit, Work, python_forms, refuse_unused
@@ -528,15 +528,10 @@ def space(target: Target) -> SearchSpace:
         )
     if gpu is None:
         parameters.append(
-            Int(
-                name="threads",
-                meaning="CPU threads of torch: more finish sooner, and each one draws power whether it computes or"
+            torch_threads(
+                machine.threads,
+                "CPU threads of torch: more finish sooner, and each one draws power whether it computes or"
                 " waits for memory",
-                default=machine.threads,
-                low=1,
-                high=max(len(os.sched_getaffinity(0)), machine.threads),
-                scope="live",
-                effect="numerics",
             )
         )
     if unet:

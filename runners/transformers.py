@@ -43,7 +43,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tuner.installed import library, memory_bytes, passing_files
+from tuner.installed import library, memory_bytes, passing_files, torch_threads
 from tuner.models import hugging_face
 from tuner.quality import TEXT, TOKENS, Passage, drawn, judge, of_text
 from tuner.space import Choice, Config, Constraint, Effect, Int, Parameter, Refused, SearchSpace, Value, excerpt
@@ -455,15 +455,10 @@ def space(target: Target) -> SearchSpace:
             )
     if machine.device == "cpu":
         parameters.append(
-            Int(
-                name="threads",
-                meaning="CPU threads that share one operation: beyond what keeps memory or arithmetic busy, threads "
+            torch_threads(
+                machine.threads,
+                "CPU threads that share one operation: beyond what keeps memory or arithmetic busy, threads "
                 "burn power without speed",
-                default=machine.threads,
-                low=1,
-                high=max(len(os.sched_getaffinity(0)), machine.threads),
-                scope="live",
-                effect="numerics",
             )
         )
     flash = ("flash_attention_2",) if machine.device == "cuda" and _installed("flash-attn") else ()

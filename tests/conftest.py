@@ -45,6 +45,23 @@ def untraced():
 
 
 @pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Puts a folder into the library's own cache, as the model `me/small` of a hub."""
+
+    def hold(folder):
+        import huggingface_hub
+
+        home = tmp_path / "models--me--small"
+        (home / "refs").mkdir(parents=True)
+        (home / "refs" / "main").write_text("0" * 40)
+        (home / "snapshots").mkdir()
+        (home / "snapshots" / ("0" * 40)).symlink_to(folder)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+
+    return hold
+
+
+@pytest.fixture
 def log(tmp_path):
     """Standard error is a file while an engine runs, as in a worker."""
     path = tmp_path / "log"

@@ -201,15 +201,8 @@ def test_other_weights_are_another_pipeline(folder, copy):
     assert diffusion.identity(of(copy))["model_sha256"] != same
 
 
-def test_a_hub_id_is_taken_from_the_librarys_own_cache(folder, tmp_path, monkeypatch):
-    import huggingface_hub
-
-    home = tmp_path / "models--me--small"
-    (home / "refs").mkdir(parents=True)
-    (home / "refs" / "main").write_text("0" * 40)
-    (home / "snapshots").mkdir()
-    (home / "snapshots" / ("0" * 40)).symlink_to(folder)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+def test_a_hub_id_is_taken_from_the_librarys_own_cache(folder, hub):
+    hub(folder)
     assert diffusion._pipeline(of("me/small")).weights == diffusion.SIZES["tiny"].weights
 
 

@@ -382,15 +382,8 @@ def test_what_cannot_be_run_is_one_sentence(hf, tmp_path, model, more, sentence)
     assert "\n" not in str(raised.value)
 
 
-def test_a_hub_id_is_taken_from_the_librarys_own_cache(hf, folder, tmp_path, monkeypatch):
-    import huggingface_hub
-
-    home = tmp_path / "models--me--small"
-    (home / "refs").mkdir(parents=True)
-    (home / "refs" / "main").write_text("0" * 40)
-    (home / "snapshots").mkdir()
-    (home / "snapshots" / ("0" * 40)).symlink_to(folder)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+def test_a_hub_id_is_taken_from_the_librarys_own_cache(hf, folder, hub):
+    hub(folder)
     target = of("me/small")
     assert hf.identity(target)["model"] == "me/small"
     with hf.launch(hf.space(target).default(), target) as engine:

@@ -54,6 +54,7 @@ from tuner.summary import (
     indistinguishable,
     interval_text,
     joules_text,
+    launched,
     loading_text,
     loss_text,
     noise,
@@ -1210,7 +1211,7 @@ def _launches(history: History) -> str:
 
 def _lost_windows(history: History, pairs: Sequence[Pair]) -> str:
     """How many windows did not count, by cause, in the search and its confirmation; empty when all did."""
-    launches = [launch for t in history.current for launch in (t, *t.repeats)]
+    launches = launched(history)
     launches += [launch for pair in pairs for launch in (pair.default, pair.best)]
     windows = [m for launch in launches for m in launch.measurements]
     causes = grouped(cause for m in windows for cause in m.invalid)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.serving import cut
-from tuner.space import Parameter, Refused, Value
+from tuner.space import Int, Parameter, Refused, Value
 
 # --- the program -----------------------------------------------------------------------------
 
@@ -416,6 +416,12 @@ def gpus_here() -> tuple[Gpu, ...]:
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [key for key in found if key.isdigit()] if shown is None else [key.strip() for key in shown.split(",")]
     return tuple(found[name] for name in names if name in found)
+
+
+def torch_threads(default: int, meaning: str) -> Int:
+    """The parameter of how many threads torch computes with, which changes while a model stays loaded."""
+    most = max(len(os.sched_getaffinity(0)), default)
+    return Int(name="threads", meaning=meaning, default=default, low=1, high=most, scope="live", effect="numerics")
 
 
 def memory_bytes() -> int:

@@ -585,9 +585,14 @@ def failed_cell(trial: Trial) -> str:
     return f"({joules_text(trial.shown_joules_per_unit)}) over a limit" if trial.over_limit else "failed"
 
 
+def launched(history: History) -> list[Trial]:
+    """Every launch of the newest segment, those that failed too."""
+    return [launch for t in history.current for launch in (t, *t.repeats)]
+
+
 def _loads(history: History) -> list[Trial]:
     """The launches that loaded an engine."""
-    return [launch for t in history.current for launch in (t, *t.repeats) if launch.load_seconds is not None]
+    return [launch for launch in launched(history) if launch.load_seconds is not None]
 
 
 def restart_seconds(history: History) -> float | None:
@@ -610,7 +615,7 @@ def loading_text(history: History) -> str:
     cost = seconds_text(restart_seconds(history))
     if (joules := restart_joules(history)) is not None:
         cost += " ".join(filter(None, (f" and {joules_text(joules)}", quality_text(loads[0]))))
-    reused = sum(launch.reused for t in history.current for launch in (t, *t.repeats))
+    reused = sum(launch.reused for launch in launched(history))
     more = f"; {reused} {'trial' if reused == 1 else 'trials'} on an engine that ran already" if reused else ""
     counted = "1 launch" if len(loads) == 1 else f"{len(loads)} launches"
     return f"{counted}, {cost} each to load, before the windows{more}"
